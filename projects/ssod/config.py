@@ -1,0 +1,142 @@
+"""
+Configuration: the `SSOD.*` keys, and reading a YAML file into a host's config.
+
+Everything else in a config has Detectron2's key names. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fvcore.common.config import CfgNode
+
+from ssod.errors import InputError
+
+
+def add_ssod_config(cfg: CfgNode) -> None:
+    """Add the group `SSOD` to a host's config, with every key's default."""
+    cfg.SSOD = type(cfg)()
+    ssod = cfg.SSOD
+    # "torchvision" (everything from PyPI, one process) or "detectron2" (many GPUs).
+    ssod.HOST = "torchvision"
+    # Iterations on labeled images alone before the teacher starts (Unbiased Teacher, COCO 1-10 %).
+    ssod.BURN_IN_ITERS = 2000
+    # Share of the teacher kept at each update, in [0, 1) (Unbiased Teacher).
+    ssod.EMA_DECAY = 0.9996
+    # Factor on every `*_unsup` loss (Unbiased Teacher: 4 on COCO 1-10 %, otherwise 2). 0: unlabeled
+    # images are not used, the EMA is kept; the control every comparison needs.
+    ssod.UNSUP_LOSS_WEIGHT = 4.0
+    # Learn box coordinates from pseudo-boxes as well. Unbiased Teacher leaves these losses out.
+    ssod.UNSUP_BOX_LOSSES = False
+    # Views of a labeled image that are learned: "both" (Unbiased Teacher), "strong" or "weak".
+    ssod.LABELED_VIEWS = "both"
+    # The RPN ignores anchors of targets with a smaller weight, in [0, 1].
+    ssod.RPN_IGNORE_WEIGHT = 0.5
+    # Exponent of the softmax focal loss of the box head (Unbiased Teacher: 1.5); 0: cross entropy.
+    ssod.FOCAL_GAMMA = 1.5
+    # "SGD" (published recipes) or "AdamW" (short schedules from scratch).
+    ssod.OPTIMIZER = "SGD"
+
+    ssod.FILTER = type(cfg)()
+    # A class of `PSEUDO_LABEL_FILTER_REGISTRY`.
+    ssod.FILTER.NAME = "FixedThreshold"
+    # FixedThreshold: probability above which a detection is learned (Unbiased Teacher).
+    ssod.FILTER.SCORE_THRESH = 0.7
+
+    ssod.DATA = type(cfg)()
+    data = ssod.DATA
+    # COCO JSON of the labeled images and the folder its file names are relative to.
+    data.LABELED_JSON = ""
+    data.LABELED_IMAGES = ""
+    # Percent of the labeled JSON to keep labels of, in (0, 100); the rest joins the unlabeled
+    # images. 0: no split, all of it is labeled.
+    data.PERCENT = 0.0
+    # Seed of that split; a published "fold" is a seed.
+    data.SPLIT_SEED = 0
+    # Folder of unlabeled images; with a JSON only the images it lists. "": none besides the split.
+    data.UNLABELED_JSON = ""
+    data.UNLABELED_IMAGES = ""
+    # COCO JSON and folder of the images that AP is measured on. "": no evaluation.
+    data.VAL_JSON = ""
+    data.VAL_IMAGES = ""
+    # Unlabeled images per iteration over all processes; SOLVER.IMS_PER_BATCH counts labeled ones.
+    data.UNLABELED_PER_BATCH = 32
+    # Leave boxes without area out instead of stopping (COCO train2017 has two).
+    data.SKIP_INVALID_BOXES = False
+    # Share of the images drawn that may fail to decode before training stops, in [0, 1].
+    data.MAX_FAILED_SHARE = 0.01
+
+
+def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _set(cfg: CfgNode, known: dict[str, Any], key: str, value: Any, source: str) -> None:
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see the README for the keys that exist."
+        raise InputError(f"{source}: unknown key {key}; {hint}")
+    node, _, name = key.rpartition(".")
+    # yacs refuses 1 where the default is 1.0.
+    if isinstance(known[key], float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    try:
+        cfg.merge_from_list([key, value])
+    except ValueError as error:
+        raise InputError(
+            f"{source}: {key} needs a {type(known[key]).__name__} such as {known[key]!r}, "
+            f"got {value!r}"
+        ) from error
+
+
+def _load_yaml(path: str) -> dict:
+    if not Path(path).is_file():
+        raise InputError(f"{path}: config file not found; expected a YAML file")
+    try:
+        loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
+    except (yaml.YAMLError, OSError, UnicodeDecodeError, AssertionError) as error:
+        raise InputError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(loaded, dict):
+        raise InputError(f"{path}: expected a mapping of keys, got {type(loaded).__name__}")
+    return loaded
+
+
+def merge_config(cfg: CfgNode, path: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """
+    Merge a YAML file (with `_BASE_`) and `KEY VALUE ...` overrides into a host's defaults.
+
+    Args:
+        cfg: the host's defaults with `add_ssod_config` applied; changed in place and returned.
+        path: YAML file; "" for none.
+        overrides: alternating keys and values, as on a command line.
+
+    Raises:
+        InputError: for a missing or malformed file, an unknown key, or a value of another type.
+    """
+    known = dict(_leaves(cfg))
+    for key, value in _leaves(_load_yaml(path) if path else {}):
+        _set(cfg, known, key, value, path)
+    if len(overrides) % 2:
+        raise InputError(f"overrides must be KEY VALUE pairs, got {' '.join(overrides)!r}")
+    for key, value in zip(overrides[::2], overrides[1::2]):
+        # A YAML scalar, so that `1`, `1.0`, `True` and `abc` mean what they mean in a file.
+        _set(cfg, known, key, yaml.safe_load(value), "command line")
+    return cfg
+
+
+def read_host(path: str, overrides: Sequence[str] = ()) -> str:
+    """Return which host a config is for: `SSOD.HOST` of the overrides, the file or the default."""
+    pairs = dict(zip(overrides[::2], overrides[1::2]))
+    leaves = dict(_leaves(_load_yaml(path))) if path else {}
+    host = pairs.get("SSOD.HOST", leaves.get("SSOD.HOST", "torchvision"))
+    if host not in ("torchvision", "detectron2"):
+        raise InputError(f'SSOD.HOST must be "torchvision" or "detectron2", got {host!r}')
+    return host

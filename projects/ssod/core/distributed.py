@@ -1,0 +1,51 @@
+"""Helpers that also work without a process group."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def get_rank() -> int:
+    """Rank of this process, 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Return the sum over ranks, on every rank; a copy of the input in a single process."""
+    total = tensor.clone()
+    if get_world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
+    """
+    Average scalars over ranks with one reduction and one copy to the host.
+
+    Args:
+        values: name to 0-dim tensor; the same names on every rank.
+    """
+    if not values:
+        return {}
+    names = sorted(values)
+    stacked = torch.stack([values[name].detach().double() for name in names])
+    mean = (all_reduce_sum(stacked) / get_world_size()).tolist()
+    return dict(zip(names, mean))
+
+
+def seed_step(seed: int, iteration: int) -> None:
+    """
+    Seed torch's generators for one training iteration of this rank.
+
+    The hosts' samplers draw from the global generators; making the draws of an iteration depend
+    on (seed, iteration, rank) alone is what makes a resumed run equal an uninterrupted one.
+    """
+    # A multiplier per argument keeps neighboring iterations and ranks on different seeds.
+    torch.manual_seed((seed * 1_000_003 + iteration) * 65_537 + get_rank())

@@ -1,0 +1,130 @@
+"""
+What a host's detector must offer to the algorithms.
+
+Shape shorthand: N images, R regions of all images, P_i proposals of image i, K foreground
+classes (background is index K), D embedding size. Boxes are XYXY pixels of the image that was
+given to `preprocess`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ssod.core.structures import (
+    Detections,
+    ImageBatch,
+    RegionOutput,
+    RegionSamples,
+    Targets,
+)
+
+Features = dict[str, Tensor]
+Rescore = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class LossOutput:
+    """
+    Losses of one forward pass and what they were computed from, for methods that add terms.
+
+    Attributes:
+        losses: `loss_cls`, `loss_box_reg`, `loss_rpn_cls`, `loss_rpn_loc`, scalars.
+        proposals: (P_i, 4) an image.
+        samples: the regions the losses were taken over.
+        regions: head outputs of these regions, rows as in `samples`.
+    """
+
+    losses: dict[str, Tensor]
+    proposals: list[Tensor]
+    samples: RegionSamples
+    regions: RegionOutput
+
+
+class RegionDetector(nn.Module, ABC):
+    """
+    A two-stage detector, split where the semi-supervised methods need to reach in.
+
+    A host's adapter subclasses the host's model and this class, so parameter names stay the
+    host's. Methods follow the mode of the module (`train()` or `eval()`) as the host does.
+    """
+
+    num_classes: int
+
+    @abstractmethod
+    def preprocess(self, images: list[Tensor]) -> ImageBatch:
+        """
+        Normalise and pad uint8 RGB (3, h, w) images to the host's conventions; never resize.
+        """
+
+    @abstractmethod
+    def features(self, batch: ImageBatch) -> Features:
+        """Return the feature pyramid, finest level first."""
+
+    @abstractmethod
+    def predict(
+        self, features: Features, batch: ImageBatch, rescore: Rescore | None = None
+    ) -> list[Detections]:
+        """
+        Detect objects, one `Detections` an image, without gradient concerns; eval mode only.
+
+        `rescore(class_probs (R, K + 1), embeddings (R, D)) -> (R, K + 1)` is called once for the
+        regions of all images before non-maximum suppression. The identity gives the host's own
+        inference.
+        """
+
+    @abstractmethod
+    def propose(
+        self, features: Features, batch: ImageBatch, targets: list[Targets] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """
+        Run the region proposal network once.
+
+        Returns:
+            (P_i, 4) proposals of each image and, in train mode, `loss_rpn_cls` and
+            `loss_rpn_loc`, for which `targets` are required. Anchors of targets whose weight is
+            below the adapter's `rpn_ignore_weight` are ignored: neither object nor background.
+        """
+
+    @abstractmethod
+    def sample(self, proposals: list[Tensor], targets: list[Targets]) -> RegionSamples:
+        """Draw training regions with the host's sampler (target boxes are added to the pool)."""
+
+    @abstractmethod
+    def score_regions(
+        self, features: Features, boxes: list[Tensor], stride_shift: int = 0
+    ) -> RegionOutput:
+        """
+        Pool regions (R_i, 4) of each image and run the box head and predictors.
+
+        With `stride_shift` s the features are those of the image at 1 / 2**s of its size while
+        `boxes` stay in full-size pixels, so level k of the small image stands in for level
+        k + s of the full one. Pooling is done in fp32 under autocast.
+        """
+
+    @abstractmethod
+    def region_losses(self, output: RegionOutput, samples: RegionSamples) -> dict[str, Tensor]:
+        """Return the weighted `loss_cls` and `loss_box_reg` of sampled regions."""
+
+    @abstractmethod
+    def decode(self, boxes: Tensor, deltas: Tensor) -> Tensor:
+        """Apply (R, K or 1, 4) deltas to (R, 4) boxes, giving (R, K or 1, 4) boxes."""
+
+    @abstractmethod
+    def new_classifier(self) -> nn.Linear:
+        """Return a copy of the classifier (D to K + 1), background last whatever the host does."""
+
+    def losses(self, features: Features, batch: ImageBatch, targets: list[Targets]) -> LossOutput:
+        """
+        Compute the host's own losses, weighted by the targets; train mode only.
+
+        The order of the calls keeps the host's random draws.
+        """
+        proposals, losses = self.propose(features, batch, targets)
+        samples = self.sample(proposals, targets)
+        regions = self.score_regions(features, samples.boxes)
+        losses.update(self.region_losses(regions, samples))
+        return LossOutput(losses, proposals, samples, regions)

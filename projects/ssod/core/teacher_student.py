@@ -1,0 +1,188 @@
+"""
+The training iteration: a student, its mean teacher and pseudo-labels.
+
+Shape shorthand: N images, R boxes of one image, K foreground classes.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ssod.core.ema import update_ema
+from ssod.core.filters import PseudoLabelFilter
+from ssod.core.interfaces import RegionDetector
+from ssod.core.structures import PseudoLabels, TwoStreamBatch, Views
+from ssod.errors import InputError
+
+BOX_LOSSES = ("loss_box_reg", "loss_rpn_loc")
+LabeledViews = Literal["both", "strong", "weak"]
+
+
+class TeacherStudent(nn.Module):
+    """
+    A student detector and its EMA teacher, trained on labeled and unlabeled images.
+
+    Unbiased Teacher (https://arxiv.org/abs/2102.09480): supervised burn-in, then the teacher starts
+    as a copy of the student, labels weakly augmented unlabeled images, and the student learns
+    them from the strongly augmented view. `forward` is one iteration's losses; call `after_step`
+    once the optimizer has stepped. Parameters are those of `student` and the frozen `teacher`, so
+    one checkpoint holds both; the iteration and whether the teacher has started are saved with
+    them.
+
+    Differs from the published code: the teacher is in eval mode and does not exist, rather than
+    being random, before the end of the burn-in; left-out losses are left out, not multiplied by
+    zero.
+
+    Args:
+        student: detector whose weights are already initialised; the teacher starts as its copy.
+        pseudo_label_filter: decides what of the teacher's detections is learned.
+        burn_in_iters: iterations of labeled-only training before the teacher starts.
+        ema_decay: share of the teacher kept at each update, in [0, 1).
+        unsup_loss_weight: factor on every `*_unsup` loss. With 0 unlabeled images are not used,
+            while the teacher averages as usual: the control of a comparison.
+        unsup_box_losses: whether box losses are computed against pseudo-boxes.
+        labeled_views: views of labeled images the student learns from.
+
+    Raises:
+        InputError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        student: RegionDetector,
+        pseudo_label_filter: PseudoLabelFilter,
+        *,
+        burn_in_iters: int,
+        ema_decay: float,
+        unsup_loss_weight: float,
+        unsup_box_losses: bool = False,
+        labeled_views: LabeledViews = "both",
+    ):
+        super().__init__()
+        if burn_in_iters < 0:
+            raise InputError(f"SSOD.BURN_IN_ITERS must be at least 0, got {burn_in_iters}")
+        if not 0 <= ema_decay < 1:
+            raise InputError(
+                f"SSOD.EMA_DECAY must be in [0, 1), got {ema_decay}. "
+                "It is the share of the teacher kept at each update."
+            )
+        if unsup_loss_weight < 0:
+            raise InputError(f"SSOD.UNSUP_LOSS_WEIGHT must be at least 0, got {unsup_loss_weight}")
+        if labeled_views not in ("both", "strong", "weak"):
+            raise InputError(
+                f'SSOD.LABELED_VIEWS must be "both", "strong" or "weak", got "{labeled_views}"'
+            )
+        self.student = student
+        self.teacher = copy.deepcopy(student).requires_grad_(False)
+        self.pseudo_label_filter = pseudo_label_filter
+        self.burn_in_iters = burn_in_iters
+        self.ema_decay = ema_decay
+        self.unsup_loss_weight = unsup_loss_weight
+        self.unsup_box_losses = unsup_box_losses
+        self.labeled_views = labeled_views
+        self.iteration = 0
+        self.teacher_started = False
+        self.metrics: dict[str, Tensor] = {}
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TeacherStudent:
+        """Set the mode of the student and the filter; the teacher stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """Iteration and whether the teacher has started, for the checkpoint."""
+        return torch.tensor([self.iteration, int(self.teacher_started)])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what `get_extra_state` returned."""
+        self.iteration, started = state.tolist()
+        self.teacher_started = bool(started)
+
+    @property
+    def uses_unlabeled(self) -> bool:
+        """Whether the current iteration learns from unlabeled images."""
+        return self.unsup_loss_weight > 0 and self.iteration >= self.burn_in_iters
+
+    def forward(self, batch: TwoStreamBatch) -> dict[str, Tensor]:
+        """
+        Compute the weighted losses of one iteration; their sum is the objective.
+
+        Losses of unlabeled images carry the suffix `_unsup`. `self.metrics` holds detached
+        scalars of this call.
+
+        Raises:
+            ValueError: if the iteration needs unlabeled images and the batch has none.
+        """
+        self._start_teacher_if_due()
+        losses = self._supervised_losses(batch.labeled)
+        self.metrics = {}
+        if self.uses_unlabeled:
+            if batch.unlabeled is None:
+                raise ValueError(
+                    f"iteration {self.iteration} is past SSOD.BURN_IN_ITERS {self.burn_in_iters} "
+                    "and needs unlabeled images, but the batch has none. "
+                    "Set SSOD.UNSUP_LOSS_WEIGHT 0 to train on labeled images alone."
+                )
+            pseudo_labels = self.pseudo_labels(batch.unlabeled.weak)
+            losses |= self._unsupervised_losses(batch.unlabeled, pseudo_labels)
+            self.metrics = _describe(pseudo_labels)
+        return losses
+
+    def after_step(self) -> None:
+        """Advance the iteration and the teacher; call once after each optimizer step."""
+        self.iteration += 1
+        if self.teacher_started:
+            update_ema(self.teacher, self.student, self.ema_decay)
+        else:
+            self._start_teacher_if_due()
+
+    @torch.no_grad()
+    def pseudo_labels(self, images: list[Tensor]) -> list[PseudoLabels]:
+        """Label uint8 RGB (3, h, w) images with the teacher and the filter, one item an image."""
+        batch = self.teacher.preprocess(images)
+        return self.pseudo_label_filter(self.teacher.predict(self.teacher.features(batch), batch))
+
+    def _start_teacher_if_due(self) -> None:
+        # Also true when a run is resumed with a burn-in that was shortened to before its iteration.
+        if not self.teacher_started and self.iteration >= self.burn_in_iters:
+            update_ema(self.teacher, self.student, decay=0.0)
+            self.teacher_started = True
+
+    def _supervised_losses(self, labeled: Views) -> dict[str, Tensor]:
+        views = {
+            "both": labeled.strong + labeled.weak,
+            "strong": labeled.strong,
+            "weak": labeled.weak,
+        }[self.labeled_views]
+        targets = labeled.targets * (len(views) // len(labeled))
+        batch = self.student.preprocess(views)
+        return self.student.losses(self.student.features(batch), batch, targets).losses
+
+    def _unsupervised_losses(
+        self, unlabeled: Views, pseudo_labels: list[PseudoLabels]
+    ) -> dict[str, Tensor]:
+        targets = [p.to_targets() for p in pseudo_labels]
+        batch = self.student.preprocess(unlabeled.strong)
+        losses = self.student.losses(self.student.features(batch), batch, targets).losses
+        return {
+            f"{name}_unsup": self.unsup_loss_weight * loss
+            for name, loss in losses.items()
+            if self.unsup_box_losses or name not in BOX_LOSSES
+        }
+
+
+def _describe(pseudo_labels: list[PseudoLabels]) -> dict[str, Tensor]:
+    kept = PseudoLabels.cat(pseudo_labels)
+    count = kept.scores.new_tensor(len(kept))
+    floor = max(len(kept), 1)
+    return {
+        "pseudo/num_per_image": count / len(pseudo_labels),
+        "pseudo/mean_score": kept.scores.sum() / floor,
+        "pseudo/mean_weight": kept.weights.sum() / floor,
+    }

@@ -1,0 +1,216 @@
+"""
+torchvision's Faster R-CNN as a `RegionDetector`.
+
+Shape shorthand: N images, R regions of all images, K foreground classes, D embedding size.
+torchvision keeps the background in column 0; it becomes column K at this border.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops.poolers import initLevelMapper
+
+from ssod.core.interfaces import Features, RegionDetector, Rescore
+from ssod.core.losses import weighted_classification_loss
+from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples, Targets
+
+POOLED_LEVELS = (2, 3, 4, 5)  # log2 of the strides that regions are pooled from
+SMOOTH_L1_BETA = 1 / 9  # torchvision's, for both of its box losses
+
+
+class TorchvisionRCNN(RegionDetector, FasterRCNN):
+    """
+    Faster R-CNN with a four-level FPN, split into the steps of `RegionDetector`.
+
+    Args:
+        backbone: features "0" to "3" at strides 4 to 32, and "pool" at 64 for the RPN.
+        num_classes: foreground classes K (torchvision's own argument counts the background).
+        rpn_ignore_weight: targets of a smaller weight are ignored by the RPN.
+        focal_gamma: exponent of the classification loss, 0 for cross entropy.
+        **kwargs: of `torchvision.models.detection.FasterRCNN`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        rpn_ignore_weight: float = 0.5,
+        focal_gamma: float = 0.0,
+        **kwargs: Any,
+    ):
+        predictor_given = kwargs.get("box_predictor") is not None
+        super().__init__(backbone, None if predictor_given else num_classes + 1, **kwargs)
+        self.num_classes = num_classes
+        self.focal_gamma = focal_gamma
+        # The same module with two methods changed; building it anew would repeat ten arguments.
+        self.rpn.__class__ = _IgnoringRPN
+        self.rpn.ignore_weight = rpn_ignore_weight
+        pool = self.roi_heads.box_roi_pool
+        # Left alone, torchvision infers the scales from the first batch, wrongly for small images.
+        pool.scales = [2.0**-level for level in POOLED_LEVELS]
+        pool.map_levels = initLevelMapper(
+            POOLED_LEVELS[0], POOLED_LEVELS[-1], pool.canonical_scale, pool.canonical_level
+        )
+        for predictor in (self.rpn.head, self.roi_heads.box_predictor):
+            predictor.register_forward_hook(_outputs_to_float)
+
+    def preprocess(self, images: list[Tensor]) -> ImageBatch:
+        """Scale to [0, 1], normalise, and pad to a multiple of 32."""
+        normalised = [self.transform.normalize(image.float() / 255) for image in images]
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        return ImageBatch(self.transform.batch_images(normalised, self.transform.size_divisible), sizes)
+
+    def features(self, batch: ImageBatch) -> Features:
+        """Return the pyramid in fp32: anchors and pooled boxes take the dtype of the features."""
+        return {name: level.float() for name, level in self.backbone(batch.tensor).items()}
+
+    def predict(
+        self, features: Features, batch: ImageBatch, rescore: Rescore | None = None
+    ) -> list[Detections]:
+        """Detect objects; see the base class."""
+        assert not self.training, "predict needs eval mode: the RPN proposes differently in training"
+        proposals, _ = self.propose(features, batch)
+        output = self.score_regions(features, proposals)
+        class_probs = output.logits.softmax(1)
+        if rescore is not None:
+            class_probs = rescore(class_probs, output.embeddings)
+        boxes = self.decode(torch.cat(proposals), output.deltas)
+        counts = [len(p) for p in proposals]
+        per_image = zip(
+            boxes.split(counts), class_probs.split(counts), output.embeddings.split(counts), batch.sizes
+        )
+        return [self._detect(*image) for image in per_image]
+
+    def _detect(
+        self, boxes: Tensor, class_probs: Tensor, embeddings: Tensor, size: tuple[int, int]
+    ) -> Detections:
+        """Turn the regions of one image, boxes (R, K, 4), into detections."""
+        heads = self.roi_heads
+        boxes = clip_boxes_to_image(boxes, size)
+        region, classes = torch.where(class_probs[:, :-1] > heads.score_thresh)
+        boxes, scores = boxes[region, classes], class_probs[region, classes]
+        large = remove_small_boxes(boxes, min_size=1e-2)
+        kept = large[batched_nms(boxes[large], scores[large], classes[large], heads.nms_thresh)]
+        kept = kept[: heads.detections_per_img]
+        region = region[kept]
+        return Detections(
+            boxes[kept], scores[kept], classes[kept], class_probs[region], embeddings[region]
+        )
+
+    def propose(
+        self, features: Features, batch: ImageBatch, targets: list[Targets] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Run the RPN; see the base class."""
+        images = ImageList(batch.tensor, batch.sizes)
+        host_targets = targets and [{"boxes": t.boxes, "weights": t.weights} for t in targets]
+        proposals, losses = self.rpn(images, features, host_targets)
+        names = {"loss_objectness": "loss_rpn_cls", "loss_rpn_box_reg": "loss_rpn_loc"}
+        return proposals, {names[name]: loss for name, loss in losses.items()}
+
+    @torch.no_grad()
+    def sample(self, proposals: list[Tensor], targets: list[Targets]) -> RegionSamples:
+        """Draw regions with `RoIHeads.select_training_samples`."""
+        host_targets = [{"boxes": t.boxes, "labels": t.classes + 1} for t in targets]
+        boxes, matched, labels, _ = self.roi_heads.select_training_samples(proposals, host_targets)
+        classes = [torch.where(label == 0, self.num_classes, label - 1) for label in labels]
+        return RegionSamples.from_matches(boxes, classes, matched, targets, self.num_classes)
+
+    def score_regions(
+        self, features: Features, boxes: list[Tensor], stride_shift: int = 0
+    ) -> RegionOutput:
+        """Pool and score regions; see the base class."""
+        # The canonical level falls by one with each halving of a box, as do strides with the image.
+        scaled = [b / 2**stride_shift for b in boxes]
+        embeddings = self.roi_heads.box_head(
+            self.roi_heads.box_roi_pool(features, scaled, image_shapes=[])
+        ).float()
+        logits, deltas = self.roi_heads.box_predictor(embeddings)
+        deltas = deltas.reshape(len(deltas), self.num_classes + 1, 4)
+        return RegionOutput(logits.roll(-1, dims=1), deltas[:, 1:], embeddings)
+
+    def region_losses(self, output: RegionOutput, samples: RegionSamples) -> dict[str, Tensor]:
+        """Weighted version of `roi_heads.fastrcnn_loss`, which has no hook for weights."""
+        loss_cls = weighted_classification_loss(
+            output.logits, samples.probs, samples.weights, self.focal_gamma
+        )
+        foreground = samples.classes < self.num_classes
+        boxes = torch.cat(samples.boxes)
+        # Background rows regress to themselves: finite, and masked out without a host sync.
+        gt_boxes = torch.where(foreground[:, None], samples.gt_boxes, boxes)
+        (target_deltas,) = self.roi_heads.box_coder.encode([gt_boxes], [boxes])
+        column = samples.classes.clamp(max=self.num_classes - 1)
+        deltas = output.deltas[torch.arange(len(column), device=column.device), column]
+        per_region = F.smooth_l1_loss(deltas, target_deltas, beta=SMOOTH_L1_BETA, reduction="none")
+        weighted = per_region.sum(1) * samples.box_weights * foreground
+        return {"loss_cls": loss_cls, "loss_box_reg": weighted.sum() / max(len(weighted), 1)}
+
+    def decode(self, boxes: Tensor, deltas: Tensor) -> Tensor:
+        """Apply (R, K, 4) deltas to (R, 4) boxes."""
+        decoded = self.roi_heads.box_coder.decode(deltas.flatten(1), [boxes])
+        return decoded.reshape(deltas.shape)
+
+    def new_classifier(self) -> nn.Linear:
+        """Copy the classifier with the background moved from column 0 to the end."""
+        source = self.roi_heads.box_predictor.cls_score
+        copy = nn.Linear(source.in_features, source.out_features).to(source.weight)
+        with torch.no_grad():
+            copy.weight.copy_(source.weight.roll(-1, dims=0))
+            copy.bias.copy_(source.bias.roll(-1, dims=0))
+        return copy
+
+
+class _IgnoringRPN(RegionProposalNetwork):
+    """torchvision's RPN with ignored targets, and losses that are defined without samples."""
+
+    ignore_weight: float
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        labels, matched_boxes = super().assign_targets_to_anchors(anchors, targets)
+        for label, anchor, target in zip(labels, anchors, targets):
+            if len(target["boxes"]):
+                nearest = self.box_similarity(target["boxes"], anchor).argmax(0)
+                ignored = target["weights"][nearest] < self.ignore_weight
+                label.masked_fill_((label == 1) & ignored, -1)
+        return labels, matched_boxes
+
+    def compute_loss(
+        self,
+        objectness: Tensor,
+        pred_bbox_deltas: Tensor,
+        labels: list[Tensor],
+        regression_targets: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        positive, negative = (
+            torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(labels)
+        )
+        sampled = torch.cat([positive, negative])
+        # torchvision divides by the number of samples, which is NaN if every anchor is ignored.
+        count = max(len(sampled), 1)
+        loss_cls = F.binary_cross_entropy_with_logits(
+            objectness.flatten()[sampled], torch.cat(labels)[sampled], reduction="sum"
+        )
+        loss_loc = F.smooth_l1_loss(
+            pred_bbox_deltas[positive],
+            torch.cat(regression_targets)[positive],
+            beta=SMOOTH_L1_BETA,
+            reduction="sum",
+        )
+        return loss_cls / count, loss_loc / count
+
+
+def _outputs_to_float(module: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """Forward hook: under autocast predictors answer in fp32, as boxes need more than 3 digits."""
+    if isinstance(outputs, Tensor):
+        return outputs.float()
+    return type(outputs)(_outputs_to_float(module, inputs, output) for output in outputs)

@@ -60,6 +60,9 @@ def add_ssod_config(cfg: CfgNode) -> None:
     # Folder of unlabeled images; with a JSON only the images it lists. "": none besides the split.
     data.UNLABELED_JSON = ""
     data.UNLABELED_IMAGES = ""
+    # COCO JSON with the true boxes of unlabeled images, never trained on: pseudo-labels are measured
+    # against it. With PERCENT the split's own. "": not measured.
+    data.UNLABELED_TRUTH_JSON = ""
     # COCO JSON and folder of the images that AP is measured on. "": no evaluation.
     data.VAL_JSON = ""
     data.VAL_IMAGES = ""

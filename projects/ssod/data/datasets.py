@@ -1,0 +1,104 @@
+"""Sets of images to train on and to test with: the names other packages import."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ssod.data.coco import read_coco
+from ssod.data.images import read_image_size
+from ssod.data.records import DetectionDataset, ImageRecord
+from ssod.errors import InputError
+
+__all__ = [
+    "DetectionDataset",
+    "ImageRecord",
+    "check_disjoint",
+    "read_coco",
+    "read_image_folder",
+]
+
+logger = logging.getLogger(__name__)
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def read_image_folder(
+    path: str | Path, class_names: Sequence[str], category_ids: Sequence[int]
+) -> DetectionDataset:
+    """
+    Make an unlabeled set of all images below a folder; no annotation file is needed.
+
+    Files are found by their suffix (jpg, jpeg, png, webp, bmp, tif, tiff in any case) in all
+    subfolders and sorted; hidden files and folders are skipped. The id of an image is its path
+    relative to the folder, with forward slashes. Files with unreadable headers are left out with
+    one warning.
+
+    Args:
+        path: the folder.
+        class_names: K names, those of the labeled set.
+        category_ids: K ids, those of the labeled set.
+
+    Raises:
+        InputError: if the folder is missing or has no readable image.
+    """
+    root = os.path.abspath(path)
+    if not os.path.isdir(root):
+        raise InputError(f"{path}: image folder not found")
+    records, failures = [], []
+    for file_name in sorted(_find_images(root)):
+        try:
+            height, width = read_image_size(file_name)
+        except InputError as error:
+            failures.append(error)
+            continue
+        image_id = Path(file_name).relative_to(root).as_posix()
+        no_boxes, no_classes = np.empty((0, 4), np.float32), np.empty(0, np.int64)
+        records.append(ImageRecord(image_id, file_name, height, width, no_boxes, no_classes))
+    if not records:
+        found = f"none of its {len(failures)} images is readable" if failures else "it has none"
+        raise InputError(
+            f"{path}: expected a folder with images ({', '.join(sorted(_SUFFIXES))}), but {found}"
+        )
+    if failures:
+        logger.warning("Left out %d unreadable images, the first: %s", len(failures), failures[0])
+    return DetectionDataset(records, class_names, category_ids)
+
+
+def _find_images(root: str) -> Iterator[str]:
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in _SUFFIXES:
+                yield os.path.join(folder, name)
+
+
+def check_disjoint(labeled: DetectionDataset, unlabeled: DetectionDataset) -> None:
+    """
+    Make sure that no image file, links resolved, is in both sets.
+
+    Raises:
+        InputError: naming an example. Labels of such an image would leak into the unlabeled set.
+    """
+    shared = _real_files(labeled) & _real_files(unlabeled)
+    if shared:
+        raise InputError(
+            f"{len(shared)} image files are both labeled and unlabeled, among them {min(shared)}: "
+            "remove them from one of the two sets"
+        )
+
+
+def _real_files(dataset: DetectionDataset) -> set[str]:
+    real_folders: dict[str, str] = {}  # resolving every full path takes many times as long
+    files = set()
+    for file_name in dataset.file_names:
+        folder, name = os.path.split(file_name)
+        if folder not in real_folders:
+            real_folders[folder] = os.path.realpath(folder)
+        file = os.path.join(real_folders[folder], name)
+        files.add(os.path.realpath(file) if os.path.islink(file) else file)
+    return files

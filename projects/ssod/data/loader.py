@@ -1,0 +1,211 @@
+"""The loaders of training batches and of images to evaluate, and the count of broken files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ssod.core.structures import Targets, TwoStreamBatch, Views
+from ssod.data import photometric
+from ssod.data.records import DetectionDataset
+from ssod.data.sampler import LABELED, TwoStreamSampler
+from ssod.data.samples import EvaluationDataset, TrainingSample, TwoStreamDataset
+from ssod.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_MIN_DRAWN = 100  # samples before a share of failures means anything
+
+
+def build_two_stream_loader(
+    labeled: DetectionDataset,
+    unlabeled: DetectionDataset | None,
+    *,
+    labeled_batch: int,
+    unlabeled_batch: int,
+    burn_in_iters: int,
+    seed: int,
+    start_iter: int,
+    max_iter: int,
+    min_sizes: Sequence[int],
+    max_size: int,
+    flip: bool,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """
+    Return the loader of the `TwoStreamBatch` of each iteration of a training.
+
+    Before `burn_in_iters` no unlabeled image is decoded and `unlabeled` of the batches is None.
+    Labeled images without boxes are used, with M = 0 targets. Batch sizes are those of all ranks;
+    for the arguments see `TwoStreamSampler` and `make_views`.
+
+    Raises:
+        InputError: for batch sizes that do not fit `world_size` and empty sets. While iterating:
+            if several images in a row cannot be decoded, or a labeled image has not the size in
+            its annotations.
+    """
+    sampler = TwoStreamSampler(
+        labeled.aspect_ratios,
+        None if unlabeled is None else unlabeled.aspect_ratios,
+        labeled_batch=labeled_batch,
+        unlabeled_batch=unlabeled_batch,
+        burn_in_iters=burn_in_iters,
+        seed=seed,
+        start_iter=start_iter,
+        max_iter=max_iter,
+        rank=rank,
+        world_size=world_size,
+    )
+    dataset = TwoStreamDataset(
+        labeled, unlabeled, seed=seed, min_sizes=min_sizes, max_size=max_size, flip=flip
+    )
+    return _Loader(
+        dataset,
+        partial(_collate, num_classes=labeled.num_classes),
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+    )
+
+
+def build_test_loader(
+    dataset: DetectionDataset, *, min_size: int, max_size: int, batch_size: int, num_workers: int
+) -> DataLoader:
+    """
+    Return the loader of lists of at most `batch_size` `EvaluationItem`, in the set's order.
+
+    Raises:
+        InputError: while iterating, if an image cannot be decoded or has not the size in its
+            annotations: a score without it would not be comparable.
+    """
+    return _Loader(
+        EvaluationDataset(dataset, min_size, max_size),
+        _identity,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
+
+
+class FailedImages:
+    """Counts the image files that could not be decoded in a training, on one rank."""
+
+    def __init__(self, max_share: float):
+        """
+        Start at zero.
+
+        Args:
+            max_share: largest share of the samples drawn that may fail, in [0, 1].
+        """
+        self._max_share = max_share
+        self._files: set[str] = set()
+        self._num_failed = 0
+        self._num_drawn = 0
+
+    def update(self, batch: TwoStreamBatch) -> None:
+        """
+        Count a batch and warn of each failing file once.
+
+        Raises:
+            InputError: if more than the allowed share failed, once 100 samples were drawn.
+        """
+        for file_name in batch.failed:
+            if file_name not in self._files:
+                logger.warning("%s cannot be decoded; another image replaces it", file_name)
+                self._files.add(file_name)
+        self._num_failed += len(batch.failed)
+        num_used = len(batch.labeled) + (len(batch.unlabeled) if batch.unlabeled else 0)
+        self._num_drawn += num_used + len(batch.failed)
+        share = self._num_failed / self._num_drawn
+        if self._num_drawn >= _MIN_DRAWN and share > self._max_share:
+            raise InputError(
+                f"{self._num_failed} of {self._num_drawn} images drawn ({share:.1%}) could not be "
+                f"decoded, from {len(self._files)} files such as {min(self._files)}: repair or "
+                "remove these files, or raise SSOD.DATA.MAX_FAILED_SHARE "
+                f"(now {self._max_share})"
+            )
+
+
+def _collate(samples: list[TrainingSample], num_classes: int) -> TwoStreamBatch:
+    labeled = [sample for sample in samples if sample.stream == LABELED]
+    unlabeled = [sample for sample in samples if sample.stream != LABELED]
+    # All boxes together, like all images below: every tensor storage that a worker sends holds a
+    # file descriptor open, and a process may have few.
+    boxes = torch.cat([sample.boxes for sample in labeled])
+    classes = torch.cat([sample.classes for sample in labeled])
+    targets = Targets.from_ground_truth(boxes, classes, num_classes)
+    ends = np.cumsum([len(sample.boxes) for sample in labeled]).tolist()
+    starts = [0, *ends[:-1]]
+    return TwoStreamBatch(
+        labeled=_make_batch(labeled, [targets[a:b] for a, b in zip(starts, ends, strict=True)]),
+        unlabeled=_make_batch(unlabeled, None) if unlabeled else None,
+        failed=[file_name for sample in samples for file_name in sample.failed],
+    )
+
+
+def _make_batch(samples: list[TrainingSample], targets: list[Targets] | None) -> Views:
+    views = [sample.weak for sample in samples] + [sample.strong for sample in samples]
+    storage = torch.cat([view.flatten() for view in views])
+    parts = storage.split([view.numel() for view in views])
+    views = [part.view(view.shape) for part, view in zip(parts, views, strict=True)]
+    count = len(samples)
+    return Views(views[:count], views[count:], targets, [sample.image_id for sample in samples])
+
+
+class _BatchDataset(Dataset):
+    """
+    Makes whole batches; an `InputError` becomes the batch.
+
+    A loader would add the worker's traceback to the error's message, which must stay one line.
+    """
+
+    def __init__(self, dataset: Dataset, collate: Callable[[list], Any]):
+        self._dataset = dataset
+        self._collate = collate
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitems__(self, keys: Sequence[Any]) -> Any:
+        try:
+            return self._collate([self._dataset[key] for key in keys])
+        except InputError as error:
+            return error
+
+
+class _Loader(DataLoader):
+    """A `DataLoader` that raises the input errors of its workers as they were."""
+
+    def __init__(self, dataset: Dataset, collate: Callable[[list], Any], **kwargs: Any):
+        super().__init__(
+            _BatchDataset(dataset, collate),
+            collate_fn=_identity,
+            worker_init_fn=_init_worker,
+            # Its own, so that starting to iterate draws nothing from the global generator.
+            generator=torch.Generator(),
+            **kwargs,
+        )
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            if isinstance(batch, InputError):
+                raise batch
+            yield batch
+
+
+def _identity(batch: Any) -> Any:
+    return batch
+
+
+def _init_worker(worker_id: int) -> None:
+    torch.set_num_threads(1)
+    if photometric.cv2 is not None:
+        photometric.cv2.setNumThreads(0)

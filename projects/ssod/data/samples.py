@@ -1,0 +1,143 @@
+"""
+From an entry of a set to the tensors of one image, in training and in evaluation.
+
+What a training sample looks like depends on the seed and on its place in its stream only, so
+neither the number of workers nor the iteration a run was resumed at makes a difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ssod.data.images import read_image
+from ssod.data.records import DetectionDataset, ImageRecord
+from ssod.data.sampler import LABELED, SampleKey
+from ssod.data.views import make_test_view, make_views
+from ssod.errors import InputError
+
+_MAX_TRIES = 5  # images tried in the place of one
+_REPLACEMENT = 3  # last word of the seed that replacements are drawn with; see the sampler
+
+
+@dataclass
+class TrainingSample:
+    """
+    One image in two views.
+
+    Attributes:
+        stream: LABELED or UNLABELED.
+        weak: (3, h, w) uint8.
+        strong: the same shape.
+        boxes: (M, 4) float32 pixels of the views.
+        classes: (M,) int64.
+        image_id: of the image used.
+        failed: files that could not be decoded before one could.
+    """
+
+    stream: int
+    weak: Tensor
+    strong: Tensor
+    boxes: Tensor
+    classes: Tensor
+    image_id: int | str
+    failed: list[str]
+
+
+class TwoStreamDataset(Dataset):
+    """
+    Maps the keys of `TwoStreamSampler` to training samples.
+
+    A file that cannot be decoded is replaced by another image of its set, drawn from the key.
+    """
+
+    def __init__(
+        self,
+        labeled: DetectionDataset,
+        unlabeled: DetectionDataset | None,
+        *,
+        seed: int,
+        min_sizes: Sequence[int],
+        max_size: int,
+        flip: bool,
+    ):
+        self._datasets = (labeled, unlabeled)
+        self._seed = seed
+        self._view_args = {"min_sizes": min_sizes, "max_size": max_size, "flip": flip}
+
+    def __getitem__(self, key: SampleKey) -> TrainingSample:
+        """
+        Decode an image and make its views.
+
+        Raises:
+            InputError: if several images in a row cannot be decoded, or a labeled image has not
+                the size that its boxes were made for.
+        """
+        stream, n, index = key
+        dataset = self._datasets[stream]
+        failed: list[str] = []
+        replacement = np.random.default_rng((self._seed, stream, n, _REPLACEMENT))
+        while True:
+            record = dataset[index]
+            try:
+                image = read_image(record.file_name)
+                break
+            except InputError as error:
+                failed.append(record.file_name)
+                if len(failed) == _MAX_TRIES:
+                    raise InputError(f"{_MAX_TRIES} images in a row failed: {error}") from error
+                step = 1 + int(replacement.integers(max(1, len(dataset) - 1)))
+                index = (index + step) % len(dataset)  # never the same one again
+        if stream == LABELED:
+            _check_size(record, image)
+        rng = np.random.default_rng((self._seed, stream, n))
+        weak, strong, boxes = make_views(image, record.boxes, rng=rng, **self._view_args)
+        classes = torch.from_numpy(record.classes)
+        return TrainingSample(stream, weak, strong, boxes, classes, record.image_id, failed)
+
+
+@dataclass
+class EvaluationItem:
+    """
+    One image to evaluate.
+
+    Attributes:
+        image: (3, h, w) uint8, resized.
+        matrix: (3, 3) float64, from pixels of the original to pixels of `image`.
+        index: of the record in its dataset.
+    """
+
+    image: Tensor
+    matrix: Tensor
+    index: int
+
+
+class EvaluationDataset(Dataset):
+    """Maps the index of a record to its `EvaluationItem`."""
+
+    def __init__(self, dataset: DetectionDataset, min_size: int, max_size: int):
+        self._dataset = dataset
+        self._sizes = (min_size, max_size)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> EvaluationItem:
+        record = self._dataset[index]
+        image = read_image(record.file_name)
+        _check_size(record, image)
+        return EvaluationItem(*make_test_view(image, *self._sizes), index)
+
+
+def _check_size(record: ImageRecord, image: np.ndarray) -> None:
+    if image.shape[:2] != (record.height, record.width):
+        raise InputError(
+            f"{record.file_name}: the annotations say height {record.height} and width "
+            f"{record.width}, but the image, upright by its Exif orientation, has "
+            f"{image.shape[0]} and {image.shape[1]}: correct the annotation file"
+        )

@@ -1,0 +1,220 @@
+"""
+Drawing of one Shapes image.
+
+Textured shapes of six classes with long-tailed frequencies lie on a textured background, partly
+hiding each other, among lines and blobs that belong to no class. Hue is a strong but not a
+sufficient cue: the hue bands of neighboring classes overlap, and only the outline settles it.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring")
+
+_CLASS_WEIGHTS = np.geomspace(8, 1, len(CLASS_NAMES))
+_HUE_JITTER = 0.11  # bands are 1/6 apart, so a third of each overlaps with its neighbors
+_MIN_VISIBLE = 0.4  # of the whole shape, counting what other shapes and the image border hide
+_SUPERSAMPLE = 3
+
+
+@dataclass(frozen=True)
+class Scene:
+    """
+    One image with its truth.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        masks: (M, H, W) bool, the visible pixels of each object; they do not overlap.
+        classes: (M,) int64 index into `CLASS_NAMES`.
+    """
+
+    image: np.ndarray
+    masks: np.ndarray
+    classes: np.ndarray
+
+
+def draw_scene(rng: np.random.Generator, image_size: int, max_objects: int) -> Scene:
+    """
+    Draw one image.
+
+    Args:
+        rng: the only source of randomness.
+        image_size: long side in pixels; the short side is 70 to 95 % of it.
+        max_objects: 1 to this many objects are drawn, fewer where there is no room.
+    """
+    long, short = image_size, round(image_size * rng.uniform(0.7, 0.95))
+    size = (long, short) if rng.random() < 0.5 else (short, long)
+    canvas = _background(rng, *size)
+    for _ in range(rng.integers(1, 5)):
+        _draw_distractor(rng, canvas)
+
+    wanted = rng.integers(1, max_objects + 1)
+    # Large ones first: they need the room, and small ones on top of them stay visible.
+    sides = sorted((_random_side(rng, short) for _ in range(wanted)), reverse=True)
+    masks: list[np.ndarray] = []
+    classes: list[int] = []
+    whole_areas: list[float] = []
+    for side in sides:
+        label = int(rng.choice(len(CLASS_NAMES), p=_CLASS_WEIGHTS / _CLASS_WEIGHTS.sum()))
+        for _ in range(8):
+            coverage = _shape_coverage(rng, label, side, *size)
+            mask = coverage >= 0.5
+            left = [earlier & ~mask for earlier in masks] + [mask]
+            wholes = [*whole_areas, side**2]
+            if all(m.sum() >= _MIN_VISIBLE * a for m, a in zip(left, wholes, strict=True)):
+                hue = label / len(CLASS_NAMES) + rng.uniform(-_HUE_JITTER, _HUE_JITTER)
+                _paint(canvas, coverage, _texture(rng, *size, hue=hue))
+                masks, whole_areas = left, wholes
+                classes.append(label)
+                break
+    noise = rng.standard_normal(canvas.shape, dtype=np.float32)
+    canvas += rng.uniform(0, 0.02) * noise  # of the sensor
+    image = (canvas.clip(0, 1) * 255).round().astype(np.uint8)
+    return Scene(image, np.stack(masks), np.array(classes))
+
+
+def _random_side(rng: np.random.Generator, short: int) -> float:
+    """Square root of a shape's area in pixels, from one of COCO's size bands."""
+    # Aimed at 30 : 60 : 10 of what is visible: occlusion and the border make objects smaller.
+    bands = ((14, 32), (34, 0.6 * short), (106, 0.95 * short))
+    low, high = bands[rng.choice(3, p=(0.26, 0.54, 0.20))]
+    return min(low * (max(high, low) / low) ** rng.random(), 0.95 * short)
+
+
+def _unit_outlines() -> dict[str, list[np.ndarray]]:
+    """Polygons (P,) in the complex plane of each class, outer then hole, with an area of 1."""
+
+    def on_circle(points: int, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
+        turns = np.exp(2j * np.pi * np.arange(points) / points)
+        return turns * np.resize(radii, points)
+
+    corner = np.array([1 + 0.36j, 0.36 + 0.36j, 0.36 + 1j])
+    outlines = {
+        "circle": [on_circle(64)],
+        "square": [on_circle(4) * np.exp(0.25j * np.pi)],  # upright: stretched to a rectangle
+        "triangle": [on_circle(3)],
+        "star": [on_circle(10, (1.0, 0.48))],
+        "cross": [np.concatenate([corner * 1j**turn for turn in range(4)])],
+        "ring": [on_circle(64), 0.5 * on_circle(64)],
+    }
+
+    def area(polygon: np.ndarray) -> float:
+        return 0.5 * (polygon.conj() * np.roll(polygon, -1)).imag.sum()
+
+    for name, (outer, *holes) in outlines.items():
+        scale = 1 / math.sqrt(area(outer) - sum(area(hole) for hole in holes))
+        outlines[name] = [scale * polygon for polygon in (outer, *holes)]
+    return outlines
+
+
+_OUTLINES = _unit_outlines()
+
+
+def _shape_coverage(
+    rng: np.random.Generator, label: int, side: float, height: int, width: int
+) -> np.ndarray:
+    """(H, W) share of each pixel that a shape of area `side`^2, randomly placed, covers."""
+    turn = np.exp(2j * np.pi * rng.random())
+    stretch = math.sqrt(rng.uniform(0.75, 1.33))
+    margin = min(0.4 * side, 0.45 * min(height, width))
+    x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
+    drawing = Image.new("L", (width * _SUPERSAMPLE, height * _SUPERSAMPLE))
+    for polygon, fill in zip(_OUTLINES[CLASS_NAMES[label]], (255, 0), strict=False):
+        polygon = (polygon.real * stretch + 1j * polygon.imag / stretch) * turn * side
+        _fill(drawing, polygon + complex(x, y), fill)
+    return _shrink(drawing)
+
+
+def _fill(drawing: Image.Image, polygon: np.ndarray, fill: int) -> None:
+    points = (polygon * _SUPERSAMPLE - complex(0.5, 0.5)).view(np.float64).tolist()
+    ImageDraw.Draw(drawing).polygon(points, fill=fill)
+
+
+def _shrink(drawing: Image.Image) -> np.ndarray:
+    return np.asarray(drawing.reduce(_SUPERSAMPLE), np.float32) / 255
+
+
+def _paint(canvas: np.ndarray, coverage: np.ndarray, color: np.ndarray) -> None:
+    """Blend a color in, above a soft shadow that tells apart overlapping shapes of one color."""
+    height, width = coverage.shape
+    blurred = Image.fromarray(coverage).reduce(5).resize((width, height), Image.Resampling.BICUBIC)
+    canvas *= 1 - 0.4 * np.asarray(blurred)[..., None]
+    canvas += coverage[..., None] * (color - canvas)
+
+
+def _noise(rng: np.random.Generator, height: int, width: int, cell: float) -> np.ndarray:
+    """(H, W) smooth noise in [-1, 1] with features of about `cell` pixels."""
+    grid = rng.uniform(-1, 1, (int(height / cell) + 2, int(width / cell) + 2)).astype(np.float32)
+    return np.asarray(Image.fromarray(grid).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _ramp(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(H, W) distance in pixels along a random direction."""
+    angle = 2 * math.pi * rng.random()
+    rows, columns = np.ogrid[:height, :width]
+    return (math.cos(angle) * columns + math.sin(angle) * rows).astype(np.float32)
+
+
+def _color(hue: float, saturation: float, value: float) -> np.ndarray:
+    return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, min(value, 1.0)), np.float32)
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) float32 RGB in about [0, 1]: two dull colors mixed by a gradient and noise."""
+    first, second = (
+        _color(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.25, 0.9)) for _ in range(2)
+    )
+    mix = _ramp(rng, height, width) / max(height, width) + _noise(rng, height, width, 40)
+    canvas = first + (mix[..., None] * 0.5 + 0.5).clip(0, 1) * (second - first)
+    for cell in (16, 6, 2.5):
+        canvas += rng.uniform(0, 0.08) * _noise(rng, height, width, cell)[..., None]
+    return canvas
+
+
+def _texture(rng: np.random.Generator, height: int, width: int, hue: float) -> np.ndarray:
+    """(H, W, 3) float32 RGB pattern in two tones of about one hue."""
+    period = rng.uniform(5, 14)
+    kind = rng.integers(4)
+    if kind == 0:  # stripes
+        pattern = np.sin(_ramp(rng, height, width) * (2 * math.pi / period)) * 3
+    elif kind == 1:  # dots on a grid
+        rows, columns = np.ogrid[:height, :width]
+        waves = [
+            np.sin(axis * (2 * math.pi / period), dtype=np.float32) for axis in (rows, columns)
+        ]
+        pattern = (waves[0] * waves[1] - 0.3) * 5
+    elif kind == 2:
+        pattern = _noise(rng, height, width, period / 2) * 1.5
+    else:  # gradient
+        pattern = _noise(rng, height, width, 60) * 2
+    tone = _color(hue, rng.uniform(0.5, 1.0), rng.uniform(0.5, 1.0))
+    other = _color(hue + rng.uniform(-0.03, 0.03), rng.uniform(0.35, 0.9), rng.uniform(0.35, 1.0))
+    return tone + (pattern[..., None] * 0.5 + 0.5).clip(0, 1) * (other - tone)
+
+
+def _draw_distractor(rng: np.random.Generator, canvas: np.ndarray) -> None:
+    """Draw a blob or a curved line of any hue: nothing that has a class."""
+    height, width = canvas.shape[:2]
+    drawing = Image.new("L", (width * _SUPERSAMPLE, height * _SUPERSAMPLE))
+    start = complex(rng.uniform(0, width), rng.uniform(0, height))
+    steps = np.linspace(0, 1, 40)
+    direction = np.exp(2j * np.pi * rng.random())
+    if rng.random() < 0.5:
+        radii = 1 + sum(
+            rng.uniform(0.1, 0.3) * np.sin(2 * np.pi * (k * steps + rng.random())) for k in (2, 3)
+        )
+        blob = radii * (np.cos(2 * np.pi * steps) + 0.7j * np.sin(2 * np.pi * steps))
+        _fill(drawing, start + rng.uniform(5, 22) * blob * direction, 255)
+    else:
+        bend = rng.uniform(-1, 1) * 1j * steps**2
+        line = start + rng.uniform(20, 90) * (steps + bend) * direction
+        points = (line * _SUPERSAMPLE).view(np.float64).tolist()
+        thickness = int(rng.integers(1, 4)) * _SUPERSAMPLE
+        ImageDraw.Draw(drawing).line(points, fill=255, width=thickness, joint="curve")
+    _paint(canvas, _shrink(drawing), _texture(rng, height, width, hue=rng.random()))

@@ -1,0 +1,109 @@
+"""
+Quality of pseudo-labels against ground truth that training does not see.
+
+N images, R_i pseudo-boxes and M_i true boxes of image i, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+
+@dataclass(frozen=True)
+class PseudoLabelQuality:
+    """
+    Agreement of pseudo-labels with the truth; a ratio without a denominator is 0, never nan.
+
+    Attributes:
+        precision: share of the pseudo-boxes that match a true box.
+        recall: share of the true boxes that are matched.
+        num_per_image: mean number of pseudo-boxes an image.
+        true_per_image: mean number of true boxes an image.
+        mean_iou: mean IoU of the matched pairs.
+        class_precision: (K,) float64 precision of each class.
+        class_recall: (K,) float64 recall of each class.
+    """
+
+    precision: float
+    recall: float
+    num_per_image: float
+    true_per_image: float
+    mean_iou: float
+    class_precision: Tensor
+    class_recall: Tensor
+
+
+def pseudo_label_quality(
+    boxes: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    classes: Sequence[Tensor],
+    true_boxes: Sequence[Tensor],
+    true_classes: Sequence[Tensor],
+    num_classes: int,
+    iou_thresh: float = 0.5,
+) -> PseudoLabelQuality:
+    """
+    Match pseudo-boxes to true boxes of their image and class, best score first.
+
+    Each takes the true box of highest IoU that is still free, if that is at least `iou_thresh`,
+    as in COCO. All boxes of an image are XYXY pixels of one frame. Tensors may be on any device.
+
+    Args:
+        boxes: (R_i, 4) pseudo-boxes of each image, R_i = 0 allowed.
+        scores: (R_i,) their scores, in any order.
+        classes: (R_i,) int64 in [0, K).
+        true_boxes: (M_i, 4) true boxes of each image, M_i = 0 allowed.
+        true_classes: (M_i,) int64 in [0, K).
+        num_classes: K.
+        iou_thresh: smallest IoU of a match, in (0, 1].
+
+    Raises:
+        ValueError: if the sequences differ in length or `iou_thresh` is out of range.
+    """
+    if not 0 < iou_thresh <= 1:
+        raise ValueError(f"iou_thresh must be in (0, 1], got {iou_thresh}")
+    found, true = torch.zeros(2, num_classes, dtype=torch.int64).unbind()
+    hits = torch.zeros(num_classes, dtype=torch.int64)
+    iou_sum = 0.0
+    images = zip(boxes, scores, classes, true_boxes, true_classes, strict=True)
+    for box, score, label, true_box, true_label in images:
+        order = score.argsort(descending=True, stable=True)
+        box, label = box[order].double().cpu(), label[order].cpu()
+        true_label = true_label.cpu()
+        # Two boxes without area have no IoU.
+        ious = box_iou(box, true_box.double().cpu()).nan_to_num()
+        ious[label[:, None] != true_label] = 0
+        matched_ious = _match_greedily(ious, iou_thresh)
+        found += label.bincount(minlength=num_classes)
+        true += true_label.bincount(minlength=num_classes)
+        hits += label[matched_ious > 0].bincount(minlength=num_classes)
+        iou_sum += float(matched_ious.sum())
+    num_images, num_hits = max(len(boxes), 1), int(hits.sum())
+    return PseudoLabelQuality(
+        precision=num_hits / max(int(found.sum()), 1),
+        recall=num_hits / max(int(true.sum()), 1),
+        num_per_image=int(found.sum()) / num_images,
+        true_per_image=int(true.sum()) / num_images,
+        mean_iou=iou_sum / max(num_hits, 1),
+        class_precision=hits.double() / found.clamp(min=1),
+        class_recall=hits.double() / true.clamp(min=1),
+    )
+
+
+def _match_greedily(ious: Tensor, iou_thresh: float) -> Tensor:
+    """(R,) IoU of the column each row of (R, M) takes, 0 for none; first row chooses first."""
+    ious = ious.clone()
+    matched = ious.new_zeros(len(ious))
+    if ious.shape[1] == 0:
+        return matched
+    for row in range(len(ious)):
+        iou, column = ious[row].max(dim=0)
+        if iou >= iou_thresh:
+            matched[row] = iou
+            ious[:, column] = 0
+    return matched

@@ -1,0 +1,97 @@
+"""Checkpoints of a run: written atomically, read without unpickling code, checked by name."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ssod.core.teacher_student import TeacherStudent
+from ssod.errors import InputError
+
+CHECKPOINT_NAME = "checkpoint.pth"
+
+
+def save_checkpoint(
+    path: str | Path, model: TeacherStudent, optimizer: torch.optim.Optimizer, config: str
+) -> None:
+    """
+    Write a run's state, replacing an older file only once the new one is complete.
+
+    Args:
+        path: file to write.
+        model: student, teacher, filter and iteration.
+        optimizer: its state goes with the model's.
+        config: the resolved config as YAML, for people and for later loading.
+    """
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": config}
+    partial = Path(f"{path}.partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """
+    Read a file written by `torch.save` onto the CPU; only tensors and plain containers load.
+
+    Raises:
+        InputError: if the file is missing, damaged, or holds something else.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: checkpoint not found")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{path}: not a checkpoint that can be read ({str(error).splitlines()[0][:120]}); "
+            "it may be truncated or of another program"
+        ) from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: expected a checkpoint dictionary, got {type(state).__name__}")
+    return state
+
+
+def load_matching(module: nn.Module, state: dict[str, Any], path: str | Path) -> None:
+    """
+    Load a state dict in which every name and shape must match.
+
+    Raises:
+        InputError: for a checkpoint of another architecture, naming the first mismatch.
+    """
+    own = module.state_dict()
+    problems = [f"{name} is missing" for name in own if name not in state]
+    problems += [f"{name} is not part of this model" for name in state if name not in own]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)}, this config builds {tuple(value.shape)}"
+        for name, value in own.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if problems:
+        raise InputError(
+            f"{path}: checkpoint of another architecture ({len(problems)} mismatches): {problems[0]}. "
+            "Use the config it was trained with."
+        )
+    module.load_state_dict(state)
+
+
+def load_detector_weights(detector: nn.Module, path: str | Path) -> None:
+    """
+    Load weights for `MODEL.WEIGHTS`.
+
+    Args:
+        detector: model to fill.
+        path: a checkpoint of a run, of which the teacher is taken, or a plain state dict of the
+            detector such as torchvision's.
+
+    Raises:
+        InputError: as `read_checkpoint` and `load_matching`.
+    """
+    state = read_checkpoint(path)
+    state = state.get("model", state)
+    prefix = "teacher."
+    teacher = {name[len(prefix) :]: v for name, v in state.items() if name.startswith(prefix)}
+    load_matching(detector, teacher or state, path)

@@ -1,0 +1,84 @@
+"""Running detectors over a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+
+from ssod.core.geometry import map_boxes
+from ssod.core.interfaces import RegionDetector
+from ssod.core.structures import Detections, PseudoLabels
+from ssod.core.teacher_student import TeacherStudent
+from ssod.data.datasets import DetectionDataset, ImageRecord
+from ssod.data.loader import build_test_loader
+from ssod.evaluation.coco_metrics import detections_to_coco
+
+Found = Detections | PseudoLabels
+IMAGES_PER_BATCH = 8  # results do not depend on it
+
+
+def _over_images(
+    label: Callable[[list[Tensor]], list[Found]], dataset: DetectionDataset, cfg: CfgNode
+) -> Iterator[tuple[ImageRecord, Found]]:
+    """Yield what `label` finds in each image, on the CPU and in the image's original pixels."""
+    loader = build_test_loader(
+        dataset,
+        min_size=cfg.INPUT.MIN_SIZE_TEST,
+        max_size=cfg.INPUT.MAX_SIZE_TEST,
+        batch_size=IMAGES_PER_BATCH,
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+    )
+    for views in loader:
+        for view, found in zip(views, label([v.image for v in views])):
+            found = found.to("cpu")
+            found.boxes = map_boxes(found.boxes, torch.linalg.inv(view.matrix))
+            yield dataset[view.index], found
+
+
+@torch.no_grad()
+def detect(
+    detector: RegionDetector, dataset: DetectionDataset, cfg: CfgNode, device: torch.device
+) -> list[dict]:
+    """
+    Run a detector, in eval mode, over a data set.
+
+    Returns:
+        COCO results: dictionaries of `image_id`, `category_id`, XYWH `bbox` and `score`.
+    """
+    was_training = detector.training
+    detector.eval()
+
+    def label(images: list[Tensor]) -> list[Detections]:
+        batch = detector.preprocess([image.to(device) for image in images])
+        return detector.predict(detector.features(batch), batch)
+
+    results = []
+    for record, found in _over_images(label, dataset, cfg):
+        results += detections_to_coco(
+            record.image_id, found.boxes, found.scores, found.classes, dataset.category_ids
+        )
+    detector.train(was_training)
+    return results
+
+
+def label_images(
+    model: TeacherStudent, dataset: DetectionDataset, cfg: CfgNode, device: torch.device
+) -> list[tuple[ImageRecord, PseudoLabels]]:
+    """
+    Pseudo-label a data set with the teacher and the filter, leaving the filter's state alone.
+
+    Returns:
+        Each image's record and pseudo-labels in its original pixels.
+    """
+    was_training = model.training
+    model.eval()
+
+    def label(images: list[Tensor]) -> list[PseudoLabels]:
+        return model.pseudo_labels([image.to(device) for image in images])
+
+    labeled = list(_over_images(label, dataset, cfg))
+    model.train(was_training)
+    return labeled

@@ -1,0 +1,286 @@
+"""The training loop of the torchvision host: one process, one device."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from fvcore.common.config import CfgNode
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
+
+from ssod.core.distributed import mean_over_ranks, seed_step
+from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY
+from ssod.core.structures import TwoStreamBatch
+from ssod.core.teacher_student import TeacherStudent
+from ssod.data.build import RunData, load_run_data
+from ssod.data.loader import FailedImages, build_two_stream_loader
+from ssod.errors import InputError
+from ssod.evaluation.coco_metrics import coco_metrics
+from ssod.evaluation.pseudo_labels import pseudo_label_quality
+from ssod.hosts.torchvision.build import build_detector
+from ssod.hosts.torchvision.checkpoint import (
+    CHECKPOINT_NAME,
+    load_detector_weights,
+    load_matching,
+    read_checkpoint,
+    save_checkpoint,
+)
+from ssod.hosts.torchvision.inference import detect, label_images
+from ssod.hosts.torchvision.metric_log import MetricLog
+from ssod.hosts.torchvision.solver import build_optimizer, learning_rate
+
+logger = logging.getLogger(__name__)
+
+LOG_PERIOD = 20  # iterations between two lines of metrics, each of which waits for the device
+MONITORED_IMAGES = 100  # unlabeled images whose pseudo-labels are compared with hidden truth
+
+
+def select_device(cfg: CfgNode) -> torch.device:
+    """Return the device of `MODEL.DEVICE`, checking that it can do what the config asks for."""
+    name = cfg.MODEL.DEVICE
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f'MODEL.DEVICE {cfg.MODEL.DEVICE!r} cannot be used here; set it to "auto" or "cpu"'
+        ) from error
+    if cfg.SOLVER.AMP.ENABLED and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise InputError(
+            f"SOLVER.AMP.ENABLED needs bfloat16, which {torch.cuda.get_device_name(device)} does "
+            "not have; set it to False"
+        )
+    return device
+
+
+def build_model(cfg: CfgNode) -> TeacherStudent:
+    """Build student, teacher and filter on the CPU, with `MODEL.WEIGHTS` loaded if it is set."""
+    torch.manual_seed(cfg.SEED)
+    detector = build_detector(cfg)
+    if cfg.MODEL.WEIGHTS:
+        load_detector_weights(detector, cfg.MODEL.WEIGHTS)
+    ssod = cfg.SSOD
+    if ssod.FILTER.NAME not in PSEUDO_LABEL_FILTER_REGISTRY:
+        known = sorted(name for name, _ in PSEUDO_LABEL_FILTER_REGISTRY)
+        raise InputError(f"SSOD.FILTER.NAME must be one of {known}, got {ssod.FILTER.NAME!r}")
+    pseudo_label_filter = PSEUDO_LABEL_FILTER_REGISTRY.get(ssod.FILTER.NAME)
+    return TeacherStudent(
+        detector,
+        pseudo_label_filter.from_config(cfg, detector.num_classes),
+        burn_in_iters=ssod.BURN_IN_ITERS,
+        ema_decay=ssod.EMA_DECAY,
+        unsup_loss_weight=ssod.UNSUP_LOSS_WEIGHT,
+        unsup_box_losses=ssod.UNSUP_BOX_LOSSES,
+        labeled_views=ssod.LABELED_VIEWS,
+    )
+
+
+class Trainer:
+    """
+    One run: data, model, optimizer, logs and checkpoint under `OUTPUT_DIR`.
+
+    Args:
+        cfg: from `ssod.hosts.torchvision.config.get_config`, merged and final.
+        resume: continue from `OUTPUT_DIR/checkpoint.pth` if it exists.
+
+    Raises:
+        InputError: for anything in the config, the data or the checkpoint that cannot be used,
+            before training starts.
+    """
+
+    def __init__(self, cfg: CfgNode, resume: bool = False):
+        self.cfg = cfg
+        self.device = select_device(cfg)
+        self.output = Path(cfg.OUTPUT_DIR)
+        self.checkpoint = self.output / CHECKPOINT_NAME
+        self.data: RunData = load_run_data(cfg)
+        self.model = build_model(cfg).to(self.device).train()
+        self.optimizer = build_optimizer(cfg, self.model)
+        if self.checkpoint.exists():
+            if not resume:
+                raise InputError(
+                    f"{self.checkpoint} is of an earlier run; continue it with --resume, or choose "
+                    "another OUTPUT_DIR"
+                )
+            self._load_checkpoint()
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "config.yaml").write_text(cfg.dump())
+        self.log = MetricLog(self.output, self.model.iteration)
+        self.failed = FailedImages(cfg.SSOD.DATA.MAX_FAILED_SHARE)
+
+    def _load_checkpoint(self) -> None:
+        state = read_checkpoint(self.checkpoint)
+        if "model" not in state or "optimizer" not in state:
+            raise InputError(f"{self.checkpoint}: not a checkpoint of a run; it cannot be resumed")
+        load_matching(self.model, state["model"], self.checkpoint)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except ValueError as error:
+            raise InputError(
+                f"{self.checkpoint}: its optimizer does not fit SSOD.OPTIMIZER "
+                f"{self.cfg.SSOD.OPTIMIZER!r}: {error}"
+            ) from error
+        logger.info("resumed %s at iteration %d", self.checkpoint, self.model.iteration)
+
+    def train(self, title: str = "training") -> dict[str, float]:
+        """
+        Train up to `SOLVER.MAX_ITER`, evaluating and saving on the way and at the end.
+
+        Returns:
+            The last evaluation's metrics, empty without a validation set.
+        """
+        max_iter, start_iter = self.cfg.SOLVER.MAX_ITER, self.model.iteration
+        if start_iter >= max_iter:
+            logger.info("nothing left to train: iteration %d of %d", start_iter, max_iter)
+            return self.evaluate()
+        results: dict[str, float] = {}
+        seconds = {"time/data": 0.0, "time/step": 0.0}
+        logged = start_iter
+        with self._progress_bar(title) as progress:
+            previous = time.perf_counter()
+            for batch in self._loader(start_iter):
+                fetched = time.perf_counter()
+                losses = self._step(batch)
+                # Reading waits for the device, so it comes before the clock is read.
+                values = self._read_metrics(losses) if self._is_due(LOG_PERIOD) else {}
+                now = time.perf_counter()
+                seconds["time/data"] += fetched - previous
+                seconds["time/step"] += now - previous
+                progress.update()
+                if values:
+                    count = self.model.iteration - logged
+                    values |= {name: value / count for name, value in seconds.items()}
+                    self.log.write(self.model.iteration, values)
+                    progress.set_postfix(loss=f"{values['total_loss']:.2f}")
+                    seconds, logged = dict.fromkeys(seconds, 0.0), self.model.iteration
+                if self._is_due(self.cfg.SOLVER.CHECKPOINT_PERIOD):
+                    self._save()
+                if self._is_due(self.cfg.TEST.EVAL_PERIOD):
+                    results = self.evaluate()
+                previous = time.perf_counter()
+        self.log.close()
+        return results
+
+    def _progress_bar(self, title: str) -> tqdm:
+        return tqdm(
+            total=self.cfg.SOLVER.MAX_ITER,
+            initial=self.model.iteration,
+            desc=title,
+            unit="it",
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        )
+
+    def _is_due(self, period: int) -> bool:
+        done = self.model.iteration
+        return done == self.cfg.SOLVER.MAX_ITER or (period > 0 and done % period == 0)
+
+    def _loader(self, start_iter: int) -> torch.utils.data.DataLoader:
+        cfg = self.cfg
+        return build_two_stream_loader(
+            self.data.labeled,
+            self.data.unlabeled if cfg.SSOD.UNSUP_LOSS_WEIGHT > 0 else None,
+            labeled_batch=cfg.SOLVER.IMS_PER_BATCH,
+            unlabeled_batch=cfg.SSOD.DATA.UNLABELED_PER_BATCH,
+            burn_in_iters=cfg.SSOD.BURN_IN_ITERS,
+            seed=cfg.SEED,
+            start_iter=start_iter,
+            max_iter=cfg.SOLVER.MAX_ITER,
+            min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
+            max_size=cfg.INPUT.MAX_SIZE_TRAIN,
+            flip=cfg.INPUT.RANDOM_FLIP == "horizontal",
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _step(self, batch: TwoStreamBatch) -> dict[str, Tensor]:
+        """One optimizer step; returns detached losses."""
+        self.failed.update(batch)
+        cfg, model = self.cfg, self.model
+        seed_step(cfg.SEED, model.iteration)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, model.iteration)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.SOLVER.AMP.ENABLED):
+            losses = model(batch.to(self.device, non_blocking=True))
+        self.optimizer.zero_grad()
+        sum(losses.values()).backward()
+        if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
+            clip_grad_norm_(model.student.parameters(), cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE)
+        self.optimizer.step()
+        model.after_step()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def _read_metrics(self, losses: dict[str, Tensor]) -> dict[str, float]:
+        """Copy losses and metrics to the host; waits for the device."""
+        values = mean_over_ranks(losses | self.model.metrics)
+        values["total_loss"] = sum(values[name] for name in losses)
+        values["lr"] = self.optimizer.param_groups[0]["lr"]
+        if not math.isfinite(values["total_loss"]):
+            raise InputError(self._diverged(f"the loss is not finite: {values}"))
+        return values
+
+    def _diverged(self, what: str) -> str:
+        return (
+            f"iteration {self.model.iteration}: {what}; the last checkpoint is kept. "
+            "Lower SOLVER.BASE_LR or set SOLVER.CLIP_GRADIENTS.ENABLED True"
+        )
+
+    def _save(self) -> None:
+        if not all(bool(p.isfinite().all()) for p in self.model.student.parameters()):
+            raise InputError(self._diverged("the weights are not finite"))
+        save_checkpoint(self.checkpoint, self.model, self.optimizer, self.cfg.dump())
+
+    def evaluate(self) -> dict[str, float]:
+        """
+        Measure the student and, once it has started, the teacher.
+
+        Returns:
+            `student/AP`, `teacher/AP` and so on in percent, and `pseudo/precision` and
+            `pseudo/recall` where hidden truth is named; empty without a validation set. The
+            predictions are written to `OUTPUT_DIR/inference`.
+        """
+        metrics: dict[str, float] = {}
+        if self.data.val is None:
+            return metrics
+        detectors = {"student": self.model.student}
+        if self.model.teacher_started:
+            detectors["teacher"] = self.model.teacher
+        (self.output / "inference").mkdir(parents=True, exist_ok=True)
+        for name, detector in detectors.items():
+            results = detect(detector, self.data.val, self.cfg, self.device)
+            path = self.output / "inference" / f"coco_instances_results_{name}.json"
+            path.write_text(json.dumps(results))
+            values = coco_metrics(self.cfg.SSOD.DATA.VAL_JSON, results)
+            metrics |= {f"{name}/{key}": value for key, value in values.items()}
+        metrics |= self._monitor_pseudo_labels()
+        self.log.write(self.model.iteration, metrics)
+        return metrics
+
+    def _monitor_pseudo_labels(self) -> dict[str, float]:
+        """Compare pseudo-labels with the hidden truth of some unlabeled images."""
+        if self.data.hidden_truth is None or not self.model.teacher_started:
+            return {}
+        ids = self.data.hidden_truth.image_ids[:MONITORED_IMAGES]
+        images = self.data.hidden_truth.select(ids)
+        labeled = label_images(self.model, images, self.cfg, self.device)
+        quality = pseudo_label_quality(
+            [found.boxes for _, found in labeled],
+            [found.scores for _, found in labeled],
+            [found.classes for _, found in labeled],
+            [torch.from_numpy(record.boxes) for record, _ in labeled],
+            [torch.from_numpy(record.classes) for record, _ in labeled],
+            images.num_classes,
+        )
+        return {
+            "pseudo/precision": quality.precision,
+            "pseudo/recall": quality.recall,
+        }

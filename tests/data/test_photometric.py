@@ -1,0 +1,136 @@
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+from ssod.data import photometric
+from ssod.data.photometric import blur, shift_hue, strong_augment
+from torchvision.transforms import RandomErasing
+from torchvision.transforms.functional import adjust_hue, gaussian_blur, pil_to_tensor
+
+needs_cv2 = pytest.mark.skipif(photometric.cv2 is None, reason="OpenCV is not installed")
+
+
+@pytest.fixture
+def image(write_image):
+    with Image.open(write_image("photo.png", 60, 80)) as file:
+        return file.convert("RGB")
+
+
+@pytest.fixture(params=["cv2", "pillow"])
+def backend(request, monkeypatch):
+    if request.param == "pillow":
+        monkeypatch.setattr(photometric, "cv2", None)
+    elif photometric.cv2 is None:
+        pytest.skip("OpenCV is not installed")
+
+
+def _mean_difference(one, two):
+    return np.abs(np.asarray(one, dtype=float) - np.asarray(two, dtype=float)).mean()
+
+
+@pytest.mark.parametrize("shift", [-0.1, -0.03, 0.0, 0.06, 0.1])
+def test_hue_matches_torchvision(image, shift, backend):
+    # Both libraries keep 8 bits of hue, of which torchvision shifts a whole number too.
+    assert _mean_difference(shift_hue(image, shift), adjust_hue(image, shift)) < 2.0
+
+
+def test_hue_of_gray_pixels_stays(image, backend):
+    gray = image.convert("L").convert("RGB")
+    assert _mean_difference(shift_hue(gray, 0.1), gray) == 0
+
+
+def test_hue_moved_by_thirds_permutes_the_channels(backend):
+    red = Image.new("RGB", (4, 4), (255, 0, 0))
+    assert _mean_difference(shift_hue(red, 1 / 3), Image.new("RGB", (4, 4), (0, 255, 0))) < 2
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 2.0])
+def test_blur_matches_a_gaussian(image, sigma, backend):
+    size = 2 * math.ceil(4 * sigma) + 1
+    tensor = pil_to_tensor(image).double()
+    expected = gaussian_blur(tensor, [size, size], [sigma, sigma]).permute(1, 2, 0).numpy()
+    # Away from the edges, where torchvision reflects. Pillow stacks box filters.
+    inner = (slice(9, -9), slice(9, -9))
+    assert _mean_difference(np.asarray(blur(image, sigma))[inner], expected[inner]) < 1.0
+
+
+def test_blur_keeps_a_flat_image_flat_up_to_the_edges(backend):
+    flat = Image.new("RGB", (9, 9), (10, 200, 31))
+    assert _mean_difference(blur(flat, 2.0), flat) == 0
+
+
+@needs_cv2
+def test_draws_and_pixels_are_the_same_without_opencv(image, monkeypatch):
+    pixels = np.asarray(image)
+    results, states = [], []
+    for cv2 in (photometric.cv2, None):
+        monkeypatch.setattr(photometric, "cv2", cv2)
+        rng = np.random.default_rng(3)
+        results.append([strong_augment(pixels, rng) for _ in range(40)])
+        states.append(rng.bit_generator.state)
+    assert states[0] == states[1]
+    differences = [_mean_difference(a, b) for a, b in zip(*results, strict=True)]
+    assert max(differences) < 3.0 and np.mean(differences) < 1.0
+
+
+def test_input_is_not_changed_and_seeds_repeat(image):
+    pixels = np.asarray(image)
+    copy = pixels.copy()
+    one, two = (strong_augment(pixels, np.random.default_rng(8)) for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+    np.testing.assert_array_equal(pixels, copy)
+    assert one.shape == pixels.shape and one.dtype == np.uint8
+
+
+def test_share_of_gray_and_of_untouched_images():
+    """With saturated colours everywhere, the steps' probabilities can be counted."""
+    rng = np.random.default_rng(0)
+    pixels = np.zeros((24, 24, 3), np.uint8)
+    pixels[..., 0] = 200
+    pixels[::2, ::2, 1] = 90
+    results = [strong_augment(pixels, rng) for _ in range(1500)]
+    # An image is gray by step two alone, unless noise covers part of it: then most of it is.
+    gray = np.mean([np.median(np.ptp(r.astype(int), axis=2)) == 0 for r in results])
+    same = np.mean([np.array_equal(r, pixels) for r in results])
+    assert gray == pytest.approx(0.2, abs=0.04)
+    assert same == pytest.approx(0.2 * 0.8 * 0.5 * (0.3 * 0.5 * 0.7), abs=0.01)
+
+
+@pytest.mark.parametrize(("prob", "area", "ratio"), photometric._ERASURES)
+def test_erased_area_is_distributed_as_in_torchvision(prob, area, ratio):
+    height, width = 60, 90
+    rng = np.random.default_rng(0)
+    ours, theirs = [], []
+    reference = pil_to_tensor(Image.new("RGB", (width, height)))
+    for _ in range(1500):
+        pixels = np.zeros((height, width, 3), np.uint8)
+        photometric._erase(pixels, area, ratio, rng)
+        changed = pixels.any(axis=2)
+        ours.append((changed.any(axis=1).sum(), changed.any(axis=0).sum()))
+        _, _, h, w, _ = RandomErasing.get_params(reference, area, ratio)
+        theirs.append((h, w))
+    # Torchvision gives back the whole image where no try fits.
+    theirs = [(0, 0) if hw == (height, width) else hw for hw in theirs]
+    ours, theirs = np.array(ours, float), np.array(theirs, float)
+    error = np.sqrt(ours.var(axis=0) + theirs.var(axis=0)) / math.sqrt(len(ours))
+    assert (np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) < 4 * error).all()
+    assert ours.std(axis=0) == pytest.approx(theirs.std(axis=0), rel=0.15)
+
+
+def test_erased_pixels_are_uniform_noise():
+    rng = np.random.default_rng(0)
+    levels = []
+    for _ in range(30):
+        pixels = np.zeros((60, 60, 3), np.uint8)
+        photometric._erase(pixels, (0.2, 0.2), (1.0, 1.0), rng)
+        levels.append(pixels[pixels.any(axis=2)])
+    counts = np.bincount(np.concatenate(levels).ravel(), minlength=256)
+    assert counts.min() > 0.7 * counts.mean() and counts.max() < 1.3 * counts.mean()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (2, 3)])
+def test_tiny_images(size):
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        assert strong_augment(np.zeros((*size, 3), np.uint8), rng).shape == (*size, 3)

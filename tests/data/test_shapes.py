@@ -1,0 +1,209 @@
+import json
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools.coco import COCO
+from ssod.data.shapes import (
+    CATEGORY_IDS,
+    MANIFEST,
+    ShapesSpec,
+    ensure_shapes,
+    shapes_scene,
+    write_shapes,
+)
+from ssod.data.shapes_scene import CLASS_NAMES
+from ssod.errors import InputError
+
+SMALL = ShapesSpec(num_labeled=3, num_unlabeled=4, num_val=2, seed=7)
+
+
+def _files(root):
+    return {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def small_set(tmp_path_factory):
+    root = tmp_path_factory.mktemp("shapes")
+    write_shapes(root, SMALL)
+    return root
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return [shapes_scene(ShapesSpec(), "val", index) for index in range(100)]
+
+
+def _load(root, name):
+    return json.loads((root / "annotations" / f"{name}.json").read_text())
+
+
+def test_two_runs_are_byte_identical(small_set, tmp_path):
+    write_shapes(tmp_path, SMALL)
+    assert _files(tmp_path) == _files(small_set)
+
+
+def test_images_do_not_depend_on_the_counts(small_set, tmp_path):
+    write_shapes(tmp_path, ShapesSpec(num_labeled=1, num_unlabeled=1, num_val=1, seed=7))
+    small, fewer = _files(small_set), _files(tmp_path)
+    images = [path for path in fewer if path.suffix == ".jpg"]
+    assert len(images) == 3
+    assert all(fewer[path] == small[path] for path in images)
+
+
+def test_seeds_and_splits_give_different_images():
+    keys = [(0, "labeled"), (1, "labeled"), (0, "unlabeled"), (0, "val")]
+    images = {shapes_scene(ShapesSpec(seed=s), split, 0).image.tobytes() for s, split in keys}
+    assert len(images) == len(keys)
+
+
+def test_unlabeled_file_holds_no_truth(small_set):
+    unlabeled, truth = _load(small_set, "unlabeled"), _load(small_set, "unlabeled_truth")
+    assert unlabeled["annotations"] == []
+    assert unlabeled["images"] == truth["images"]
+    assert {a["image_id"] for a in truth["annotations"]} == {i["id"] for i in truth["images"]}
+    assert set(unlabeled["images"][0]) == {"id", "file_name", "width", "height"}
+
+
+@pytest.mark.parametrize("name, split", [("labeled", "labeled"), ("unlabeled_truth", "unlabeled")])
+def test_annotations_match_the_masks(small_set, name, split):
+    annotations = defaultdict(list)
+    for annotation in _load(small_set, name)["annotations"]:
+        annotations[annotation["image_id"]].append(annotation)
+    for image_id, of_image in annotations.items():
+        scene = shapes_scene(SMALL, split, image_id - 1)
+        assert [a["category_id"] for a in of_image] == [CATEGORY_IDS[c] for c in scene.classes]
+        for annotation, mask in zip(of_image, scene.masks, strict=True):
+            rows, columns = np.nonzero(mask)
+            x, y, width, height = annotation["bbox"]
+            assert (x, y) == (columns.min(), rows.min())
+            assert (x + width - 1, y + height - 1) == (columns.max(), rows.max())
+            assert annotation["area"] == len(rows)
+
+
+def test_loads_in_pycocotools(small_set, capsys):
+    for name in ("labeled", "unlabeled", "unlabeled_truth", "val"):
+        coco = COCO(small_set / "annotations" / f"{name}.json")
+        assert sorted(coco.getCatIds()) == sorted(CATEGORY_IDS)
+        assert sorted(coco.anns) == list(range(1, len(coco.anns) + 1))
+        for info in coco.imgs.values():
+            with Image.open(small_set / "images" / info["file_name"]) as image:
+                assert image.size == (info["width"], info["height"])
+                assert image.mode == "RGB"
+
+
+def test_masks_are_disjoint_and_boxes_inside_the_image(scenes):
+    for scene in scenes:
+        assert scene.image.dtype == np.uint8
+        assert scene.masks.shape == (len(scene.classes), *scene.image.shape[:2])
+        assert scene.masks.sum(0).max() == 1
+        assert len(scene.classes) <= ShapesSpec().max_objects
+
+
+def test_objects_differ_from_what_surrounds_them(scenes):
+    # Mean color of an object against that of the rest: the masks are where the shapes are.
+    contrasts = [
+        np.abs(scene.image[mask].mean(0) - scene.image[~scene.masks.any(0)].mean(0)).max()
+        for scene in scenes
+        for mask in scene.masks
+        if not scene.masks.any(0).all()
+    ]
+    assert np.mean(np.array(contrasts) > 20) > 0.9
+
+
+def test_every_size_band_is_well_filled(scenes):
+    areas = np.concatenate([scene.masks.sum((1, 2)) for scene in scenes])
+    shares = np.histogram(areas, [0, 32**2, 96**2, np.inf])[0] / len(areas)
+    assert (shares > (0.2, 0.4, 0.04)).all()
+
+
+def test_class_frequencies_have_a_long_tail(scenes):
+    counts = Counter(int(c) for scene in scenes for c in scene.classes)
+    head, middle, tail = ([counts[i], counts[i + 1]] for i in (0, 2, 4))
+    assert sum(head) > sum(middle) > sum(tail)
+    assert min(counts[c] for c in range(len(CLASS_NAMES))) > 0
+    assert counts[0] > 4 * counts[5]
+
+
+def test_default_labeled_split_has_every_class():
+    spec = ShapesSpec()
+    scenes = [shapes_scene(spec, "labeled", index) for index in range(spec.num_labeled)]
+    assert {int(c) for scene in scenes for c in scene.classes} == set(range(len(CLASS_NAMES)))
+
+
+def test_hue_is_a_cue_that_does_not_settle_the_class(scenes):
+    hits, total = 0, 0
+    for scene in scenes:
+        hue = np.asarray(Image.fromarray(scene.image).convert("HSV"))[..., 0] / 255
+        for mask, label in zip(scene.masks, scene.classes, strict=True):
+            mean = np.angle(np.exp(2j * np.pi * hue[mask]).mean()) / (2 * np.pi)
+            hits += round(mean * len(CLASS_NAMES)) % len(CLASS_NAMES) == label
+            total += 1
+    assert 0.6 < hits / total < 0.9
+
+
+@pytest.mark.parametrize("image_size", [64, 320])
+def test_other_image_sizes(image_size):
+    scene = shapes_scene(ShapesSpec(image_size=image_size), "val", 0)
+    assert max(scene.image.shape) == image_size
+    assert scene.masks.any((1, 2)).all()
+
+
+def test_progress_counts_every_image(tmp_path):
+    calls = []
+    write_shapes(tmp_path, SMALL, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 9) for done in range(1, 10)]
+
+
+def test_existing_set_is_reused_and_another_spec_replaces_it(tmp_path):
+    root = tmp_path / "new" / "shapes"
+    assert ensure_shapes(root, SMALL)
+    before = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert not ensure_shapes(root, SMALL)
+    assert {path: path.stat().st_mtime_ns for path in root.rglob("*")} == before
+
+    assert ensure_shapes(root, ShapesSpec(num_labeled=1, num_unlabeled=1, num_val=1))
+    assert len(list((root / "images").iterdir())) == 3
+
+
+def test_interrupted_set_is_made_again(small_set, tmp_path):
+    def interrupt(done, total):
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shapes(tmp_path, SMALL, progress=interrupt)
+    assert ensure_shapes(tmp_path, SMALL)
+    assert _files(tmp_path) == _files(small_set)
+
+
+@pytest.mark.parametrize("manifest", [None, "{}", "[1]", "not json"])
+def test_foreign_directory_is_left_alone(tmp_path, manifest):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "labeled_000001.jpg").write_text("a photo")
+    if manifest is not None:
+        (tmp_path / MANIFEST).write_text(manifest)
+    before = _files(tmp_path)
+    with pytest.raises(InputError, match="holds files but no Shapes set"):
+        ensure_shapes(tmp_path, SMALL)
+    assert _files(tmp_path) == before
+
+
+def test_other_files_in_a_shapes_set_survive_a_remake(tmp_path):
+    write_shapes(tmp_path, SMALL)
+    (tmp_path / "notes.txt").write_text("mine")
+    write_shapes(tmp_path, SMALL)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_root_that_is_a_file(tmp_path):
+    (tmp_path / "set").write_text("")
+    with pytest.raises(InputError, match="needs a directory, but .*set is a file"):
+        ensure_shapes(tmp_path / "set", SMALL)
+
+
+@pytest.mark.parametrize("name, value", [("num_val", 0), ("image_size", 63), ("seed", -1)])
+def test_spec_values_are_checked(name, value):
+    with pytest.raises(InputError, match=f"{name} of a Shapes set must be at least"):
+        ShapesSpec(**{name: value})

@@ -53,10 +53,10 @@ def test_annotations_of_unlabeled_files_are_dropped_unread(read, coco_content):
 
 
 def test_names_with_spaces_and_unicode(write_image, write_json, tmp_path):
-    write_image("bild ordner/straße 1.png")
+    write_image("bilder ü/straße 1.png")
     image = {"id": "straße", "file_name": "straße 1.png", "height": 24, "width": 32}
     path = write_json({"images": [image]}, "ännotations 1.json")
-    dataset = read_coco(path, tmp_path / "bild ordner", require_annotations=False)
+    dataset = read_coco(path, tmp_path / "bilder ü", require_annotations=False)
     assert dataset.image_ids == ["straße"]
 
 

@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -51,7 +53,9 @@ def test_palettes_are_looked_up(tmp_path, pixels, transparency):
     with Image.open(tmp_path / "palette.png") as saved:
         assert saved.mode == "P"
     expected = np.asarray(image.convert("RGB"))
-    np.testing.assert_array_equal(read_image(tmp_path / "palette.png"), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(read_image(tmp_path / "palette.png"), expected)
 
 
 def test_cmyk(tmp_path):

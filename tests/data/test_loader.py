@@ -108,11 +108,14 @@ def test_workers_and_resuming_change_nothing(make_dataset):
     assert _flat(run(start_iter=4)) == expected[4:]
 
 
-def test_a_sample_looks_different_in_every_epoch(make_dataset):
-    labeled = make_dataset("labeled", 1)
-    batches = _batches(labeled, None, labeled_batch=1, min_sizes=(30,), flip=False)
-    assert len({batch.labeled.strong[0].numpy().tobytes() for batch in batches}) > 3
-    assert len({batch.labeled.weak[0].numpy().tobytes() for batch in batches}) == 1
+def test_a_sample_looks_different_in_every_epoch_and_stream(make_dataset):
+    one = make_dataset("one", 1)
+    batches = _batches(
+        one, one, labeled_batch=1, unlabeled_batch=1, min_sizes=(30,), flip=False, max_iter=10
+    )
+    views = [v for batch in batches for v in (batch.labeled, batch.unlabeled)]
+    assert len({view.strong[0].numpy().tobytes() for view in views}) > 16
+    assert len({view.weak[0].numpy().tobytes() for view in views}) == 1
 
 
 def test_ranks_split_the_batch(make_dataset):

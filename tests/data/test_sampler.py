@@ -40,20 +40,8 @@ SHAPES = [
 
 @pytest.mark.parametrize(("n_l", "n_u", "b_l", "b_u", "world_size"), SHAPES)
 def test_every_epoch_visits_every_image_once(n_l, n_u, b_l, b_u, world_size):
-    ranks = [
-        _batches(n_l, n_u, labeled_batch=b_l, unlabeled_batch=b_u, max_iter=200, rank=rank)
-        if world_size == 1
-        else _batches(
-            n_l,
-            n_u,
-            labeled_batch=b_l,
-            unlabeled_batch=b_u,
-            max_iter=200,
-            rank=rank,
-            world_size=world_size,
-        )
-        for rank in range(world_size)
-    ]
+    arguments = {"labeled_batch": b_l, "unlabeled_batch": b_u, "world_size": world_size}
+    ranks = [_batches(n_l, n_u, max_iter=200, rank=r, **arguments) for r in range(world_size)]
     keys = list(chain.from_iterable(chain.from_iterable(ranks)))
     for stream, size, batch in ((LABELED, n_l, b_l), (UNLABELED, n_u, b_u)):
         index_at = {key.n: key.index for key in keys if key.stream == stream}
@@ -126,6 +114,8 @@ def test_a_window_is_not_walked_through_in_order_of_ratio():
     means = [ratios[[key.index for key in keys]].mean() for keys in batches]
     rising = np.mean(np.diff(means) > 0)
     assert 0.35 < rising < 0.65
+    orders = {tuple(np.argsort(means[i : i + 16])) for i in range(0, 160, 16)}
+    assert len(orders) == 10
 
 
 def test_small_sets_do_not_repeat_their_batches():

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring")
 
 _CLASS_WEIGHTS = np.geomspace(8, 1, len(CLASS_NAMES))
-_HUE_JITTER = 0.11  # bands are 1/6 apart, so a third of each overlaps with its neighbors
-_MIN_VISIBLE = 0.4  # of the whole shape, counting what other shapes and the image border hide
+_HUE_JITTER = 0.06  # bands are 1/6 apart; augmentation shifts the hue by up to 0.1 more
+_MIN_VISIBLE = 0.6  # of the whole shape, counting what other shapes and the image border hide
 _SUPERSAMPLE = 3
 
 
@@ -51,7 +51,7 @@ def draw_scene(rng: np.random.Generator, image_size: int, max_objects: int) -> S
     long, short = image_size, round(image_size * rng.uniform(0.7, 0.95))
     size = (long, short) if rng.random() < 0.5 else (short, long)
     canvas = _background(rng, *size)
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(0, 4)):
         _draw_distractor(rng, canvas)
 
     wanted = rng.integers(1, max_objects + 1)
@@ -82,8 +82,8 @@ def draw_scene(rng: np.random.Generator, image_size: int, max_objects: int) -> S
 def _random_side(rng: np.random.Generator, short: int) -> float:
     """Square root of a shape's area in pixels, from one of COCO's size bands."""
     # Aimed at 30 : 60 : 10 of what is visible: occlusion and the border make objects smaller.
-    bands = ((14, 32), (34, 0.6 * short), (106, 0.95 * short))
-    low, high = bands[rng.choice(3, p=(0.26, 0.54, 0.20))]
+    bands = ((16, 32), (34, 0.6 * short), (106, 0.95 * short))
+    low, high = bands[rng.choice(3, p=(0.28, 0.60, 0.12))]
     return min(low * (max(high, low) / low) ** rng.random(), 0.95 * short)
 
 
@@ -217,4 +217,4 @@ def _draw_distractor(rng: np.random.Generator, canvas: np.ndarray) -> None:
         points = (line * _SUPERSAMPLE).view(np.float64).tolist()
         thickness = int(rng.integers(1, 4)) * _SUPERSAMPLE
         ImageDraw.Draw(drawing).line(points, fill=255, width=thickness, joint="curve")
-    _paint(canvas, _shrink(drawing), _texture(rng, height, width, hue=rng.random()))
+    _paint(canvas, _shrink(drawing), _background(rng, height, width))

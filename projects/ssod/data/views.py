@@ -20,10 +20,12 @@ def resize_shortest_edge(height: int, width: int, min_size: int, max_size: int) 
     Both sides are reduced in proportion where the longer one would exceed `max_size`.
     """
     scale = min_size / min(height, width)
-    # The shorter side is `min_size` itself: as a product it could fall on the other side of .5.
-    new_height, new_width = (
-        (min_size, scale * width) if height < width else (scale * height, min_size)
-    )
+    # Not `scale * min(height, width)`, which can round to another pixel where max_size applies.
+    new_height, new_width = float(min_size), float(min_size)
+    if height < width:
+        new_width = scale * width
+    else:
+        new_height = scale * height
     longer = max(new_height, new_width)
     if longer > max_size:
         new_height *= max_size / longer

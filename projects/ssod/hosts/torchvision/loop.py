@@ -38,6 +38,7 @@ from ssod.hosts.torchvision.solver import build_optimizer, learning_rate
 
 logger = logging.getLogger(__name__)
 
+CONFIG_NAME = "config.yaml"
 LOG_PERIOD = 20  # iterations between two lines of metrics, each of which waits for the device
 MONITORED_IMAGES = 100  # unlabeled images whose pseudo-labels are compared with hidden truth
 
@@ -112,9 +113,6 @@ class Trainer:
                     "another OUTPUT_DIR"
                 )
             self._load_checkpoint()
-        self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "config.yaml").write_text(cfg.dump())
-        self.log = MetricLog(self.output, self.model.iteration)
         self.failed = FailedImages(cfg.SSOD.DATA.MAX_FAILED_SHARE)
 
     def _load_checkpoint(self) -> None:
@@ -142,6 +140,9 @@ class Trainer:
         if start_iter >= max_iter:
             logger.info("nothing left to train: iteration %d of %d", start_iter, max_iter)
             return self.evaluate()
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / CONFIG_NAME).write_text(self.cfg.dump())
+        log = MetricLog(self.output, start_iter)
         results: dict[str, float] = {}
         seconds = {"time/data": 0.0, "time/step": 0.0}
         logged = start_iter
@@ -159,15 +160,16 @@ class Trainer:
                 if values:
                     count = self.model.iteration - logged
                     values |= {name: value / count for name, value in seconds.items()}
-                    self.log.write(self.model.iteration, values)
+                    log.write(self.model.iteration, values)
                     progress.set_postfix(loss=f"{values['total_loss']:.2f}")
                     seconds, logged = dict.fromkeys(seconds, 0.0), self.model.iteration
                 if self._is_due(self.cfg.SOLVER.CHECKPOINT_PERIOD):
                     self._save()
                 if self._is_due(self.cfg.TEST.EVAL_PERIOD):
                     results = self.evaluate()
+                    log.write(self.model.iteration, results)
                 previous = time.perf_counter()
-        self.log.close()
+        log.close()
         return results
 
     def _progress_bar(self, title: str) -> tqdm:
@@ -261,9 +263,7 @@ class Trainer:
             path.write_text(json.dumps(results))
             values = coco_metrics(self.cfg.SSOD.DATA.VAL_JSON, results)
             metrics |= {f"{name}/{key}": value for key, value in values.items()}
-        metrics |= self._monitor_pseudo_labels()
-        self.log.write(self.model.iteration, metrics)
-        return metrics
+        return metrics | self._monitor_pseudo_labels()
 
     def _monitor_pseudo_labels(self) -> dict[str, float]:
         """Compare pseudo-labels with the hidden truth of some unlabeled images."""

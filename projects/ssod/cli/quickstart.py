@@ -1,0 +1,242 @@
+"""`ssod quickstart`: the whole experiment on synthetic data, with a table and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+from fvcore.common.config import CfgNode
+from tqdm import tqdm
+
+from ssod.config import merge_config
+from ssod.core.structures import PseudoLabels
+from ssod.data.datasets import DetectionDataset, ImageRecord
+from ssod.data.images import read_image
+from ssod.data.shapes import ShapesSpec, ensure_shapes
+from ssod.errors import InputError
+from ssod.evaluation.report import Curve, Panel, draw_report, format_table
+from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
+from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.inference import label_images
+from ssod.hosts.torchvision.loop import CONFIG_NAME, Trainer
+from ssod.hosts.torchvision.metric_log import LOG_NAME, read_metrics
+
+logger = logging.getLogger(__name__)
+
+# Row of the table, run it is read from, and which of the run's two models.
+ROWS = (
+    ("supervised", "supervised", "student"),
+    ("supervised + EMA (control)", "supervised", "teacher"),
+    ("semi-supervised", "semi_supervised", "teacher"),
+)
+METRICS = ("AP", "AP50", "AP_S", "AP_M", "AP_L")
+COLUMNS = ("trained on Shapes", *METRICS, "minutes", "images/s")
+SHOWN_SCORE = 0.5  # predictions below it are left out of the picture
+Row = dict[str, str | float]
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the `ssod` program."""
+    parser = commands.add_parser(
+        "quickstart",
+        help="make the Shapes set, train three ways, print a table and draw a report",
+        description="Make the synthetic Shapes set, then train supervised, supervised with the "
+        "same EMA (the control), and semi-supervised from one common burn-in. Interrupted, it "
+        "continues where it was.",
+    )
+    parser.add_argument("--config-file", default="configs/quickstart.yaml", metavar="FILE")
+    parser.add_argument("--output", default="output/quickstart", metavar="DIR")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=1,
+        help="repeat with so many seeds (other data, other weights); reports mean and spread",
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
+    )
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the experiment for each seed and print the tables."""
+    if args.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {args.seeds}")
+    root = Path(args.output)
+    tables = []
+    for seed in range(args.seeds):
+        output = root if args.seeds == 1 else root / f"seed_{seed}"
+        tables.append(run_experiment(args.config_file, args.opts, output, seed))
+        print(f"\n{format_table(tables[-1], COLUMNS)}\n")
+        print(f"report: {output / 'report.png'}")
+    if args.seeds > 1:
+        print(f"\nmean and standard deviation over {args.seeds} seeds")
+        print(format_table(summarize(tables), [COLUMNS[0], *METRICS, "gain in AP"]))
+
+
+def run_experiment(config: str, opts: Sequence[str], output: Path, seed: int) -> list[Row]:
+    """Train the three rows of one seed, draw `report.png` and return the table."""
+    shapes = output / "shapes"
+    with tqdm(desc="making the Shapes set", unit="image", dynamic_ncols=True) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        ensure_shapes(shapes, ShapesSpec(seed=seed), progress)
+
+    def configure(run: str, *extra: str | int) -> CfgNode:
+        keys = _data_keys(shapes) + ["SEED", seed, "OUTPUT_DIR", output / run, *opts, *extra]
+        cfg = merge_config(get_config(), config, [str(key) for key in keys])
+        cfg.freeze()
+        return cfg
+
+    burn_in_iters = configure("").SSOD.BURN_IN_ITERS
+    no_unlabeled = ("SSOD.UNSUP_LOSS_WEIGHT", 0)
+    _train(configure("burn_in", "SOLVER.MAX_ITER", burn_in_iters, *no_unlabeled), "1/3 burn-in")
+    # Both runs continue from the same weights, optimizer and position in the labeled data.
+    for run in ("supervised", "semi_supervised"):
+        _branch(output / "burn_in", output / run)
+    supervised, results = _train(configure("supervised", *no_unlabeled), "2/3 supervised")
+    trainer, ssl_results = _train(configure("semi_supervised"), "3/3 semi-supervised")
+    results = {"supervised": results, "semi_supervised": ssl_results}
+    rows = [
+        {COLUMNS[0]: title}
+        | {name: results[run][f"{model}/{name}"] for name in METRICS}
+        | _speed(output / run, trainer.cfg, semi_supervised=run == "semi_supervised")
+        for title, run, model in ROWS
+    ]
+    (output / "results.json").write_text(json.dumps(rows, indent=1))
+    _draw(output, trainer, rows)
+    return rows
+
+
+def summarize(tables: list[list[Row]]) -> list[Row]:
+    """Mean and standard deviation of each row over seeds, and the gain over the control."""
+    summary = []
+    for index, (title, *_) in enumerate(ROWS):
+        row: Row = {COLUMNS[0]: title}
+        for name in METRICS:
+            row[name] = _mean_std([table[index][name] for table in tables])
+        gains = [table[index]["AP"] - table[1]["AP"] for table in tables]
+        row["gain in AP"] = "" if index == 1 else _mean_std(gains, sign="+")
+        summary.append(row)
+    return summary
+
+
+def _mean_std(values: list[float], sign: str = "") -> str:
+    return f"{mean(values):{sign}.1f} ± {stdev(values):.1f}"
+
+
+def _data_keys(shapes: Path) -> list[str | Path]:
+    keys: list[str | Path] = []
+    for group in ("LABELED", "UNLABELED", "VAL"):
+        keys += [f"SSOD.DATA.{group}_JSON", shapes / "annotations" / f"{group.lower()}.json"]
+        keys += [f"SSOD.DATA.{group}_IMAGES", shapes / "images"]
+    truth = shapes / "annotations" / "unlabeled_truth.json"
+    return [*keys, "SSOD.DATA.UNLABELED_TRUTH_JSON", truth]
+
+
+def _train(cfg: CfgNode, title: str) -> tuple[Trainer, dict[str, float]]:
+    written = Path(cfg.OUTPUT_DIR) / CONFIG_NAME
+    if written.exists() and written.read_text() != cfg.dump():
+        raise InputError(
+            f"{written} is of a run with another config; remove {cfg.OUTPUT_DIR} or choose "
+            "another --output"
+        )
+    trainer = Trainer(cfg, resume=True)
+    return trainer, trainer.train(title)
+
+
+def _branch(source: Path, target: Path) -> None:
+    """Start a run from the end of another, unless it has begun already."""
+    if not (target / CHECKPOINT_NAME).exists():
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / LOG_NAME, target)
+        shutil.copy(source / CHECKPOINT_NAME, target)
+
+
+def _speed(run: Path, cfg: CfgNode, semi_supervised: bool) -> dict[str, float]:
+    """Training time without evaluation, and images read a second once the burn-in is over."""
+    steps = [line for line in read_metrics(run) if "time/step" in line]
+    ends = [0] + [line["iteration"] for line in steps]
+    seconds = [
+        line["time/step"] * (end - start) for line, start, end in zip(steps, ends, ends[1:])
+    ]
+    after = [line["time/step"] for line in steps if line["iteration"] > cfg.SSOD.BURN_IN_ITERS]
+    images = cfg.SOLVER.IMS_PER_BATCH + cfg.SSOD.DATA.UNLABELED_PER_BATCH * semi_supervised
+    return {"minutes": sum(seconds) / 60, "images/s": images / mean(after)}
+
+
+def _draw(output: Path, trainer: Trainer, rows: list[Row]) -> None:
+    data, cfg = trainer.data, trainer.cfg
+    pseudo_labeled = label_images(
+        trainer.model, data.hidden_truth.select(data.hidden_truth.image_ids[:6]), cfg, trainer.device
+    )
+    draw_report(
+        output / "report.png",
+        title=f"Shapes: {len(data.labeled)} labeled + {len(data.unlabeled)} unlabeled images, "
+        f"{cfg.SOLVER.MAX_ITER} iterations",
+        class_names=data.labeled.class_names,
+        validation=_validation_panels(data.val, output / "semi_supervised"),
+        unlabeled=[_unlabeled_panel(record, found) for record, found in pseudo_labeled],
+        curves=_curves(output),
+        burn_in_iters=cfg.SSOD.BURN_IN_ITERS,
+        rows=rows,
+        columns=COLUMNS,
+    )
+
+
+def _validation_panels(val: DetectionDataset, run: Path, count: int = 12) -> list[Panel]:
+    results = json.loads((run / "inference" / "coco_instances_results_teacher.json").read_text())
+    panels = []
+    for record in (val[i] for i in range(min(count, len(val)))):
+        found = [r for r in results if r["image_id"] == record.image_id]
+        found = [r for r in found if r["score"] >= SHOWN_SCORE]
+        boxes = np.array([r["bbox"] for r in found]).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        classes = np.array([val.category_ids.index(r["category_id"]) for r in found], int)
+        scores = np.array([r["score"] for r in found])
+        panels.append(_panel(record, boxes, classes, scores, f"image {record.image_id}"))
+    return panels
+
+
+def _unlabeled_panel(record: ImageRecord, found: PseudoLabels) -> Panel:
+    arrays = (found.boxes.numpy(), found.classes.numpy(), found.scores.numpy())
+    return _panel(record, *arrays, f"image {record.image_id}, pseudo-boxes")
+
+
+def _panel(
+    record: ImageRecord, boxes: np.ndarray, classes: np.ndarray, scores: np.ndarray, title: str
+) -> Panel:
+    image = read_image(record.file_name)
+    return Panel(image, boxes, classes, scores, record.boxes, record.classes, title)
+
+
+def _curves(output: Path) -> dict[str, list[Curve]]:
+    lines = {run: read_metrics(output / run) for run in ("supervised", "semi_supervised")}
+
+    def curve(label: str, run: str, *keys: str, right: bool = False) -> Curve:
+        chosen = [line for line in lines[run] if all(key in line for key in keys)]
+        values = [sum(line[key] for key in keys) for line in chosen]
+        return Curve(label, [line["iteration"] for line in chosen], values, right)
+
+    ssl = "semi_supervised"
+    return {
+        "Validation AP": [curve(title, run, f"{model}/AP") for title, run, model in ROWS],
+        "Pseudo-labels on unlabeled images": [
+            curve("precision", ssl, "pseudo/precision"),
+            curve("recall", ssl, "pseudo/recall"),
+            curve("boxes per image", ssl, "pseudo/num_per_image", right=True),
+        ],
+        "Classification losses": [
+            curve("labeled", ssl, "loss_cls", "loss_rpn_cls"),
+            curve("unlabeled", ssl, "loss_cls_unsup", "loss_rpn_cls_unsup"),
+        ],
+    }

@@ -1,0 +1,74 @@
+"""The `train_net.py` command."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from ssod.cli.common import run_command
+from ssod.config import merge_config, read_host
+from ssod.errors import InputError
+from ssod.evaluation.report import format_table
+
+COLUMNS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR100")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser, with Detectron2's option names."""
+    parser = argparse.ArgumentParser(
+        prog="train_net.py",
+        description="Train a semi-supervised object detector, or evaluate one.",
+        epilog="Example: train_net.py --config-file configs/quickstart.yaml "
+        "OUTPUT_DIR output/mine SOLVER.MAX_ITER 2000",
+    )
+    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in OUTPUT_DIR, if there is one"
+    )
+    parser.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate the run in OUTPUT_DIR, or else MODEL.WEIGHTS, without training",
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
+    )
+    return parser
+
+
+def format_results(results: dict[str, float]) -> str:
+    """Format evaluation metrics as a table, one row for each of teacher and student."""
+    models = [m for m in ("teacher", "student") if f"{m}/AP" in results]
+    rows = [{"model": m} | {c: results[f"{m}/{c}"] for c in COLUMNS} for m in models]
+    return format_table(rows, ["model", *COLUMNS])
+
+
+def train_torchvision(args: argparse.Namespace) -> None:
+    """Train or evaluate on the torchvision host."""
+    from ssod.hosts.torchvision.config import get_config
+    from ssod.hosts.torchvision.loop import Trainer
+
+    cfg = merge_config(get_config(), args.config_file, args.opts)
+    cfg.freeze()
+    trainer = Trainer(cfg, resume=args.resume or args.eval_only)
+    if args.eval_only and not (cfg.MODEL.WEIGHTS or trainer.checkpoint.exists()):
+        raise InputError(
+            f"--eval-only found neither {trainer.checkpoint} nor MODEL.WEIGHTS; name one of them"
+        )
+    results = trainer.evaluate() if args.eval_only else trainer.train()
+    if results:
+        print(format_results(results))
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and run on the host that the config names."""
+    args = build_parser().parse_args(argv)
+    host = read_host(args.config_file, args.opts)
+    if host == "detectron2":
+        raise InputError("SSOD.HOST detectron2 does not exist yet; set it to torchvision")
+    train_torchvision(args)
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    return run_command(run)

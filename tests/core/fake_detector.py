@@ -1,0 +1,107 @@
+"""A detector without a host: every method of the interface on 4 x 4 pixel images."""
+
+import torch
+from ssod.core.interfaces import RegionDetector
+from ssod.core.losses import weighted_classification_loss
+from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples
+from torch import nn
+
+NUM_CLASSES = 2
+LOSS_NAMES = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
+_BOXES = torch.tensor([[0.0, 0.0, 2.0, 2.0], [1.0, 0.0, 3.0, 4.0], [0.0, 1.0, 4.0, 4.0]])
+
+
+class FakeDetector(RegionDetector):
+    """
+    Scores three fixed boxes per image from the mean color of an image; every loss depends on the
+    pixels, on the targets and on parameters of its own. Draws no random numbers.
+    """
+
+    num_classes = NUM_CLASSES
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(3, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.objectness = nn.Linear(4, 1)
+        self.anchor_deltas = nn.Linear(4, 4)
+        self.classifier = nn.Linear(4 + 1, NUM_CLASSES + 1)
+        self.box_deltas = nn.Linear(4 + 1, 4)
+
+    def preprocess(self, images):
+        tensor = torch.stack(images).float() / 255
+        return ImageBatch(tensor, [tuple(image.shape[-2:]) for image in images])
+
+    def features(self, batch):
+        return {"0": self.norm(self.body(batch.tensor))}
+
+    def predict(self, features, batch, rescore=None):
+        assert not self.training
+        output = self.score_regions(features, [_BOXES] * len(batch))
+        probs = (5 * output.logits).softmax(1)
+        if rescore is not None:
+            probs = rescore(probs, output.embeddings)
+        scores, classes = probs[:, :-1].max(1)
+        detections = []
+        for i in range(len(batch)):
+            rows = slice(i * len(_BOXES), (i + 1) * len(_BOXES))
+            order = scores[rows].argsort(descending=True)
+            detections.append(
+                Detections(
+                    _BOXES[order],
+                    scores[rows][order],
+                    classes[rows][order],
+                    probs[rows][order],
+                    output.embeddings[rows][order],
+                )
+            )
+        return detections
+
+    def propose(self, features, batch, targets=None):
+        proposals = [_BOXES for _ in range(len(batch))]
+        if not self.training:
+            return proposals, {}
+        pooled = features["0"].mean((2, 3))
+        counts = torch.tensor([float(len(t)) for t in targets])
+        corners = torch.stack([t.boxes.sum(0) for t in targets])
+        return proposals, {
+            "loss_rpn_cls": (self.objectness(pooled).squeeze(1) - counts).square().mean(),
+            "loss_rpn_loc": (self.anchor_deltas(pooled) - corners).abs().mean(),
+        }
+
+    def sample(self, proposals, targets):
+        matched, classes = [], []
+        for boxes, target in zip(proposals, targets, strict=True):
+            match = torch.arange(len(boxes)) % max(len(target), 1)
+            label = target.classes[match].clone() if len(target) else torch.zeros_like(match)
+            # The last region of each image, and all without targets, are background.
+            label[-1 if len(target) else 0 :] = NUM_CLASSES
+            matched.append(match)
+            classes.append(label)
+        return RegionSamples.from_matches(proposals, classes, matched, targets, NUM_CLASSES)
+
+    def score_regions(self, features, boxes, stride_shift=0):
+        pooled = features["0"].mean((2, 3))
+        width = [(b[:, 2:3] - b[:, 0:1]) / 4 for b in boxes]
+        embeddings = torch.cat(
+            [torch.cat([p.expand(len(w), -1), w], 1) for p, w in zip(pooled, width, strict=True)]
+        )
+        deltas = self.box_deltas(embeddings)[:, None]
+        return RegionOutput(self.classifier(embeddings), deltas, embeddings)
+
+    def region_losses(self, output, samples):
+        foreground = samples.classes < NUM_CLASSES
+        error = (output.deltas[:, 0] - samples.gt_boxes).abs().sum(1)
+        weighted = error * samples.box_weights * foreground
+        return {
+            "loss_cls": weighted_classification_loss(output.logits, samples.probs, samples.weights),
+            "loss_box_reg": weighted.sum() / max(len(weighted), 1),
+        }
+
+    def decode(self, boxes, deltas):
+        return boxes[:, None] + deltas
+
+    def new_classifier(self):
+        copy = nn.Linear(self.classifier.in_features, self.classifier.out_features)
+        copy.load_state_dict(self.classifier.state_dict())
+        return copy

@@ -1,0 +1,103 @@
+import pytest
+import torch
+import torch.distributed as dist
+from ssod.core.distributed import (
+    all_reduce_sum,
+    get_rank,
+    get_world_size,
+    mean_over_ranks,
+    seed_step,
+)
+
+WORLD_SIZE = 2
+SEED = 3
+ITERATIONS = 5
+
+
+def _draw(seed, iteration):
+    seed_step(seed, iteration)
+    return torch.rand(4)
+
+
+def _work(rank, folder):
+    """Call every function on one of two ranks and leave what it returned in a file."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD_SIZE
+    )
+    values = torch.tensor([1.0, 10.0]) * (rank + 1)
+    scalars = {"a": torch.tensor(float(rank)), "b": torch.tensor(3 - 2 * rank)}
+    results = {
+        "rank": get_rank(),
+        "world_size": get_world_size(),
+        "sum": all_reduce_sum(values),
+        "input_after_sum": values,
+        # The names come in another order on the other rank.
+        "mean": mean_over_ranks(dict(sorted(scalars.items(), reverse=rank == 1))),
+        "draws": torch.stack([_draw(SEED, iteration) for iteration in range(ITERATIONS)]),
+    }
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """Results of two gloo processes, by rank."""
+    folder = tmp_path_factory.mktemp("gloo")
+    torch.multiprocessing.spawn(_work, args=(str(folder),), nprocs=WORLD_SIZE)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
+
+
+def test_every_process_knows_its_place(ranks):
+    assert [result["rank"] for result in ranks] == [0, 1]
+    assert [result["world_size"] for result in ranks] == [2, 2]
+
+
+def test_every_rank_gets_the_sum_and_keeps_its_input(ranks):
+    assert [result["sum"].tolist() for result in ranks] == [[3.0, 30.0]] * 2
+    assert [result["input_after_sum"].tolist() for result in ranks] == [[1.0, 10.0], [2.0, 20.0]]
+
+
+def test_every_rank_gets_the_mean_of_all(ranks):
+    assert [result["mean"] for result in ranks] == [{"a": 0.5, "b": 2.0}] * 2
+
+
+def test_draws_differ_between_ranks_and_rank_0_draws_like_a_single_process(ranks):
+    single = torch.stack([_draw(SEED, iteration) for iteration in range(ITERATIONS)])
+    assert torch.equal(ranks[0]["draws"], single)
+    everything = torch.cat([result["draws"] for result in ranks])
+    assert len(everything.unique(dim=0)) == WORLD_SIZE * ITERATIONS
+
+
+def test_a_single_process_is_rank_0_of_1():
+    assert (get_rank(), get_world_size()) == (0, 1)
+
+
+def test_sum_in_a_single_process_is_a_copy():
+    values = torch.tensor([1.0, 2.0])
+    total = all_reduce_sum(values)
+    total += 1
+    assert total.tolist() == [2.0, 3.0]
+    assert values.tolist() == [1.0, 2.0]
+
+
+def test_mean_in_a_single_process_returns_the_values():
+    weight = torch.tensor(0.5, requires_grad=True)
+    values = mean_over_ranks({"b": weight * 3, "a": torch.tensor(2)})
+    assert values == {"a": 2.0, "b": 1.5}
+    assert mean_over_ranks({}) == {}
+
+
+def test_draws_depend_on_seed_and_iteration_alone():
+    first = _draw(1, 7)
+    torch.rand(100)
+    _draw(2, 7)
+    assert torch.equal(_draw(1, 7), first)
+
+
+def test_neighboring_seeds_and_iterations_draw_differently():
+    draws = torch.stack([_draw(seed, iteration) for seed in range(3) for iteration in range(50)])
+    assert len(draws.unique(dim=0)) == 150
+
+
+def test_any_32_bit_seed_is_accepted():
+    assert not torch.equal(_draw(2**32 - 1, 0), _draw(2**32 - 1, 1))

@@ -1,0 +1,108 @@
+import copy
+
+import pytest
+import torch
+from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY, FixedThreshold
+from ssod.core.structures import Detections
+from ssod.hosts.torchvision.config import get_config
+
+NUM_CLASSES = 3
+
+
+def _detections(scores):
+    """Detections of the given scores, every row different from the others."""
+    scores = torch.as_tensor(scores, dtype=torch.float32)
+    count = len(scores)
+    return Detections(
+        boxes=torch.rand(count, 4),
+        scores=scores,
+        classes=torch.arange(count) % NUM_CLASSES,
+        class_probs=torch.rand(count, NUM_CLASSES + 1).softmax(1),
+        embeddings=torch.rand(count, 2),
+    )
+
+
+def _kept_scores(scores, score_thresh):
+    (labels,) = FixedThreshold(score_thresh)([_detections(scores)])
+    return labels.scores.tolist()
+
+
+def test_values_by_hand():
+    first, second = FixedThreshold(0.5)([_detections([0.75, 0.625, 0.25]), _detections([0.125])])
+    assert first.scores.tolist() == [0.75, 0.625]
+    assert first.classes.tolist() == [0, 1]
+    assert first.weights.tolist() == first.box_weights.tolist() == [1.0, 1.0]
+    assert first.reliable.tolist() == [True, True]
+    assert len(second) == 0
+    assert second.class_probs.shape == (0, NUM_CLASSES + 1)
+    assert second.reliable.dtype == torch.bool
+
+
+@pytest.mark.parametrize("score_thresh", [0.0, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("sizes", [[0], [1], [0, 7, 2], [100]])
+def test_matches_selection_one_by_one(sizes, score_thresh):
+    torch.manual_seed(0)
+    images = [_detections(torch.rand(size).sort(descending=True).values) for size in sizes]
+    labels = FixedThreshold(score_thresh)(images)
+    assert len(labels) == len(images)
+    for image, kept in zip(images, labels, strict=True):
+        rows = [r for r in range(len(image)) if float(image.scores[r]) > score_thresh]
+        assert len(kept) == len(rows)
+        for name in ("boxes", "scores", "classes", "class_probs"):
+            assert getattr(kept, name).tolist() == [getattr(image, name)[r].tolist() for r in rows]
+
+
+@pytest.mark.parametrize("score_thresh", [0.5, 0.7])
+def test_a_score_at_the_threshold_is_not_kept(score_thresh):
+    at = torch.tensor(score_thresh)
+    above = torch.nextafter(at, torch.tensor(1.0))
+    assert _kept_scores(torch.stack([above, at]), score_thresh) == [float(above)]
+
+
+def test_threshold_zero_keeps_all_but_zero_scores():
+    assert _kept_scores([1.0, 2**-100, 0.0], 0.0) == [1.0, 2**-100]
+
+
+def test_threshold_one_keeps_nothing():
+    assert _kept_scores([1.0, 0.5], 1.0) == []
+
+
+@pytest.mark.parametrize("nan_first", [True, False])  # `sort(descending=True)` puts NaN first
+def test_a_nan_score_is_never_kept(nan_first):
+    scores = [float("nan"), 0.75] if nan_first else [0.75, float("nan")]
+    assert _kept_scores(scores, 0.5) == [0.75]
+
+
+def test_input_is_not_changed():
+    detections = _detections([0.75, 0.25])
+    before = copy.deepcopy(detections)
+    FixedThreshold(0.5)([detections])
+    for name, tensor in vars(before).items():
+        assert torch.equal(getattr(detections, name), tensor)
+
+
+def test_state_is_empty_and_mode_makes_no_difference():
+    images = [_detections([0.75, 0.25])]
+    labels = FixedThreshold(0.5)
+    assert labels.state_dict() == {}
+    assert torch.equal(labels.train()(images)[0].boxes, labels.eval()(images)[0].boxes)
+
+
+@pytest.mark.parametrize("score_thresh", [-0.1, 1.1, float("nan")])
+def test_threshold_that_is_no_probability_is_refused(score_thresh):
+    with pytest.raises(ValueError, match=rf"SCORE_THRESH must be in \[0, 1\], got {score_thresh}"):
+        FixedThreshold(score_thresh)
+
+
+def test_the_config_names_the_filter_and_its_threshold():
+    cfg = get_config()
+    cfg.SSOD.FILTER.SCORE_THRESH = 0.25
+    chosen = PSEUDO_LABEL_FILTER_REGISTRY.get(cfg.SSOD.FILTER.NAME)
+    labels = chosen.from_config(cfg, NUM_CLASSES)
+    assert isinstance(labels, FixedThreshold)
+    assert len(labels([_detections([0.5, 0.25])])[0]) == 1
+
+
+def test_an_unknown_filter_is_refused_by_name():
+    with pytest.raises(KeyError, match="No object named 'NoSuchFilter'"):
+        PSEUDO_LABEL_FILTER_REGISTRY.get("NoSuchFilter")

@@ -1,0 +1,269 @@
+import math
+
+import pytest
+import torch
+from ssod.core.structures import (
+    Detections,
+    ImageBatch,
+    PseudoLabels,
+    RegionOutput,
+    RegionSamples,
+    Targets,
+    TwoStreamBatch,
+    Views,
+)
+
+NUM_CLASSES = 3
+
+
+def _output(rows):
+    return RegionOutput(torch.rand(rows, 4), torch.rand(rows, 3, 4), torch.rand(rows, 2))
+
+
+def _targets(rows):
+    """Targets whose every field differs from row to row."""
+    return Targets(
+        boxes=torch.rand(rows, 4),
+        classes=torch.randint(NUM_CLASSES, (rows,)),
+        weights=torch.rand(rows),
+        box_weights=torch.rand(rows),
+        probs=torch.rand(rows, NUM_CLASSES + 1).softmax(1),
+    )
+
+
+def _pseudo_labels(rows):
+    return PseudoLabels(
+        boxes=torch.rand(rows, 4),
+        classes=torch.randint(NUM_CLASSES, (rows,)),
+        scores=torch.rand(rows),
+        weights=torch.rand(rows),
+        box_weights=torch.rand(rows),
+        class_probs=torch.rand(rows, NUM_CLASSES + 1, dtype=torch.float64).softmax(1),
+        reliable=torch.rand(rows) > 0.5,
+    )
+
+
+INDICES = [
+    (slice(1, 3), [1, 2]),
+    (slice(None), [0, 1, 2, 3]),
+    (slice(0, 0), []),
+    (torch.tensor([False, True, False, True]), [1, 3]),
+    (torch.zeros(4, dtype=torch.bool), []),
+    (torch.tensor([3, 0, 3]), [3, 0, 3]),
+    (torch.zeros(0, dtype=torch.int64), []),
+]
+
+
+@pytest.mark.parametrize(("index", "rows"), INDICES)
+def test_indexing_selects_the_same_rows_of_every_field(index, rows):
+    torch.manual_seed(0)
+    whole = _output(4)
+    part = whole[index]
+    assert isinstance(part, RegionOutput)
+    assert len(part) == len(rows)
+    for name, tensor in vars(part).items():
+        source = getattr(whole, name)
+        assert tensor.shape == (len(rows), *source.shape[1:])
+        assert tensor.tolist() == [source[row].tolist() for row in rows]
+
+
+@pytest.mark.parametrize("sizes", [[2], [0], [3, 0, 1], [0, 0]])
+def test_cat_undoes_splitting(sizes):
+    torch.manual_seed(0)
+    whole = _output(sum(sizes))
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(whole[start : start + size])
+        start += size
+    joined = RegionOutput.cat(parts)
+    assert len(joined) == sum(sizes)
+    for name, tensor in vars(joined).items():
+        assert torch.equal(tensor, getattr(whole, name))
+
+
+def test_cat_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="Detections.cat needs at least one item"):
+        Detections.cat([])
+
+
+def test_unequal_rows_are_refused_with_the_counts():
+    with pytest.raises(ValueError, match="RegionOutput needs as many rows.*'deltas': 3"):
+        RegionOutput(torch.zeros(2, 4), torch.zeros(3, 3, 4), torch.zeros(2, 5))
+
+
+def _all_tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _all_tensors(item)]
+    if hasattr(value, "__dict__"):
+        return _all_tensors(list(vars(value).values()))
+    return []
+
+
+def test_to_reaches_lists_and_nested_containers():
+    images = [torch.zeros(3, 2, 2, dtype=torch.uint8)] * 2
+    labeled = Views(images, images, [_targets(1), _targets(0)], ["a", 7])
+    batch = TwoStreamBatch(labeled, Views(images, images, None, [8, 9]), failed=["x.jpg"])
+    moved = batch.to("meta")
+    tensors = _all_tensors(moved)
+    assert len(tensors) == 4 + 2 * 5 + 4
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+    assert {tensor.device.type for tensor in _all_tensors(batch)} == {"cpu"}
+    assert isinstance(moved.labeled.targets[0], Targets)
+    assert moved.unlabeled.targets is None
+    assert (moved.labeled.image_ids, moved.failed) == (["a", 7], ["x.jpg"])
+
+
+def test_to_keeps_image_sizes():
+    moved = ImageBatch(torch.zeros(2, 3, 4, 4), [(4, 3), (2, 4)]).to(torch.float64)
+    assert moved.tensor.dtype == torch.float64
+    assert moved.sizes == [(4, 3), (2, 4)]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_pseudo_labels_become_hard_targets_with_their_weights(rows):
+    torch.manual_seed(0)
+    labels = _pseudo_labels(rows)
+    targets = labels.to_targets()
+    for name in ("boxes", "classes", "weights", "box_weights"):
+        assert torch.equal(getattr(targets, name), getattr(labels, name))
+    assert targets.probs.shape == (rows, NUM_CLASSES + 1)
+    assert targets.probs.dtype == labels.class_probs.dtype
+    for row, label in zip(targets.probs.tolist(), labels.classes.tolist(), strict=True):
+        assert row == [float(c == label) for c in range(NUM_CLASSES + 1)]
+
+
+def test_ground_truth_has_weight_one_and_one_hot_labels():
+    boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
+    targets = Targets.from_ground_truth(boxes, torch.tensor([2, 0]), NUM_CLASSES)
+    assert torch.equal(targets.boxes, boxes)
+    assert targets.classes.tolist() == [2, 0]
+    assert targets.weights.tolist() == targets.box_weights.tolist() == [1.0, 1.0]
+    assert targets.probs.tolist() == [[0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+    assert targets.probs.dtype == targets.weights.dtype == torch.float64
+
+
+def test_ground_truth_without_boxes():
+    empty = torch.zeros(0, dtype=torch.int64)
+    targets = Targets.from_ground_truth(torch.zeros(0, 4), empty, NUM_CLASSES)
+    assert len(targets) == 0
+    assert targets.probs.shape == (0, NUM_CLASSES + 1)
+
+
+@pytest.mark.parametrize("classes", [[0, 3], [-1, 2]])
+def test_ground_truth_of_an_unknown_class_is_refused(classes):
+    expected = rf"classes must be in \[0, 3\), got \[{min(classes)}, {max(classes)}\]"
+    with pytest.raises(ValueError, match=expected):
+        Targets.from_ground_truth(torch.zeros(2, 4), torch.tensor(classes), NUM_CLASSES)
+
+
+def _samples_reference(boxes, classes, matched, targets):
+    """Look every region up on its own."""
+    rows = []
+    for i in range(len(boxes)):
+        for label, match in zip(classes[i].tolist(), matched[i].tolist(), strict=True):
+            if label == NUM_CLASSES:
+                rows.append((1.0, 1.0, [0.0] * NUM_CLASSES + [1.0], None))
+                continue
+            t = targets[i]
+            weights = float(t.weights[match]), float(t.box_weights[match])
+            rows.append((*weights, t.probs[match].tolist(), t.boxes[match].tolist()))
+    return rows
+
+
+@pytest.mark.parametrize("background_share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("num_targets", [[2], [3, 0, 1], [0, 0], [0, 4]])
+@pytest.mark.parametrize("num_regions", [0, 1, 9])
+def test_samples_match_lookup_one_by_one(num_targets, num_regions, background_share):
+    torch.manual_seed(0)
+    targets = [_targets(count) for count in num_targets]
+    boxes = [torch.rand(num_regions, 4) for _ in targets]
+    matched = [torch.randint(max(len(t), 1), (num_regions,)) for t in targets]
+    classes = []
+    for t, match in zip(targets, matched, strict=True):
+        background = torch.full_like(match, NUM_CLASSES)
+        keep = torch.rand(num_regions) >= background_share
+        classes.append(torch.where(keep, t.classes[match], background) if len(t) else background)
+    samples = RegionSamples.from_matches(boxes, classes, matched, targets, NUM_CLASSES)
+    reference = _samples_reference(boxes, classes, matched, targets)
+    assert len(samples.weights) == len(reference) == num_regions * len(targets)
+    assert samples.weights.tolist() == [row[0] for row in reference]
+    assert samples.box_weights.tolist() == [row[1] for row in reference]
+    assert samples.probs.tolist() == [row[2] for row in reference]
+    for gt_box, row in zip(samples.gt_boxes.tolist(), reference, strict=True):
+        assert row[3] is None or gt_box == row[3]
+    assert torch.equal(samples.classes, torch.cat(classes))
+    assert torch.equal(samples.matched, torch.cat(matched))
+    assert all(a is b for a, b in zip(samples.boxes, boxes, strict=True))
+
+
+def test_regions_of_an_image_without_targets_may_point_anywhere():
+    background = torch.tensor([NUM_CLASSES])
+    samples = RegionSamples.from_matches(
+        [torch.zeros(1, 4)], [background], [torch.tensor([5])], [_targets(0)], NUM_CLASSES
+    )
+    assert samples.probs.tolist() == [[0.0, 0.0, 0.0, 1.0]]
+
+
+def test_samples_leave_the_targets_unchanged():
+    targets = _targets(1)
+    before = targets.weights.clone(), targets.probs.clone()
+    background = torch.tensor([NUM_CLASSES])
+    RegionSamples.from_matches(
+        [torch.zeros(1, 4)], [background], [torch.tensor([0])], [targets], NUM_CLASSES
+    )
+    assert torch.equal(targets.weights, before[0])
+    assert torch.equal(targets.probs, before[1])
+
+
+def _half_reference(images, divisor):
+    """Mean of 2 x 2 pixels, one at a time; pixels outside the image are zero."""
+    count, channels, height, width = images.shape
+    rows, columns = (divisor * math.ceil(size / 2 / divisor) for size in (height, width))
+    small = torch.zeros(count, channels, rows, columns, dtype=torch.float64)
+    for n in range(count):
+        for c in range(channels):
+            for y in range(height):
+                for x in range(width):
+                    small[n, c, y // 2, x // 2] += images[n, c, y, x] / 4
+    return small
+
+
+@pytest.mark.parametrize("divisor", [1, 4])
+@pytest.mark.parametrize("size", [(2, 2), (8, 6), (6, 10)])
+def test_half_is_the_mean_of_2x2_pixels_padded_to_the_divisor(size, divisor):
+    torch.manual_seed(0)
+    images = torch.rand(2, 3, *size, dtype=torch.float64)
+    half = ImageBatch(images, [size, (1, 2)]).half(divisor)
+    torch.testing.assert_close(half.tensor, _half_reference(images, divisor))
+
+
+@pytest.mark.parametrize("size", [(5, 8), (4, 7), (3, 3)])
+def test_half_keeps_the_last_row_and_column_of_an_odd_tensor(size):
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, *size, dtype=torch.float64)
+    half = ImageBatch(images, [size]).half(divisor=1)
+    assert half.tensor.shape[-2:] == half.sizes[0]
+    torch.testing.assert_close(half.tensor, _half_reference(images, divisor=1))
+
+
+def test_half_rounds_odd_sizes_up():
+    half = ImageBatch(torch.zeros(3, 3, 32, 64), [(31, 64), (32, 33), (1, 2)]).half()
+    assert half.sizes == [(16, 32), (16, 17), (1, 1)]
+    assert half.tensor.shape == (3, 3, 32, 32)
+
+
+def test_half_of_no_image():
+    half = ImageBatch(torch.zeros(0, 3, 64, 64), []).half()
+    assert len(half) == 0
+    assert half.tensor.shape == (0, 3, 32, 32)
+
+
+def test_slicing_a_batch_keeps_the_padding():
+    torch.manual_seed(0)
+    batch = ImageBatch(torch.rand(3, 3, 4, 4), [(4, 4), (3, 2), (1, 4)])
+    part = batch[1:]
+    assert len(part) == 2
+    assert part.sizes == [(3, 2), (1, 4)]
+    assert torch.equal(part.tensor, batch.tensor[1:])

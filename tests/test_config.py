@@ -1,0 +1,210 @@
+import ast
+from pathlib import Path
+
+import pytest
+import ssod
+from ssod.config import merge_config, read_host
+from ssod.errors import InputError
+from ssod.hosts.torchvision.config import get_config
+
+PACKAGE = Path(ssod.__file__).parent
+SHIPPED = sorted((PACKAGE.parents[1] / "configs").rglob("*.yaml"))
+# `read_host` reads the first before a host's config exists; the second marks the file format.
+READ_ELSEWHERE = {"SSOD.HOST", "VERSION"}
+
+
+def _leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@pytest.fixture
+def merge(tmp_path):
+    """Merge a YAML text and overrides into the defaults."""
+
+    def merge(text, *overrides):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return merge_config(get_config(), str(path), overrides)
+
+    return merge
+
+
+def test_file_and_overrides_change_the_keys_they_name_and_no_other(merge):
+    cfg = merge(
+        "SEED: 5\nSSOD:\n  FILTER:\n    SCORE_THRESH: 0.25\n", "SEED", "7", "TEST.EVAL_PERIOD", "3"
+    )
+    expected = dict(_leaves(get_config()))
+    expected |= {"SEED": 7, "SSOD.FILTER.SCORE_THRESH": 0.25, "TEST.EVAL_PERIOD": 3}
+    assert dict(_leaves(cfg)) == expected
+
+
+def test_without_file_and_overrides_the_defaults_stay():
+    assert merge_config(get_config(), "") == get_config()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "expected"),
+    [
+        (("SOLVER.BASE_LR", "1e-3"), "SOLVER.BASE_LR", 0.001),
+        (("SOLVER.BASE_LR", "2"), "SOLVER.BASE_LR", 2.0),
+        (("SOLVER.STEPS", "[10, 20]"), "SOLVER.STEPS", (10, 20)),
+        (("SOLVER.AMP.ENABLED", "True"), "SOLVER.AMP.ENABLED", True),
+        (("OUTPUT_DIR", "runs/a b"), "OUTPUT_DIR", "runs/a b"),
+    ],
+)
+def test_overrides_mean_what_they_mean_in_a_file(merge, overrides, key, expected):
+    name, text = overrides
+    for part in reversed(name.split(".")):
+        text = f"{{{part}: {text}}}"
+    for cfg in (merge(text), merge_config(get_config(), "", overrides)):
+        value = dict(_leaves(cfg))[key]
+        assert (value, type(value)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "meant"),
+    [
+        ("SSOD: {BURN_IN_ITER: 3}", "SSOD.BURN_IN_ITER", "SSOD.BURN_IN_ITERS"),
+        (
+            "SSOD: {FILTER: {SCORE_TRESH: 0.5}}",
+            "SSOD.FILTER.SCORE_TRESH",
+            "SSOD.FILTER.SCORE_THRESH",
+        ),
+        ("SSOD: 3", "SSOD", "SSOD.HOST"),
+        ("SEED: {A: 1}", "SEED.A", "SEED"),
+    ],
+)
+def test_unknown_key_is_refused_with_the_close_one(merge, text, unknown, meant):
+    with pytest.raises(
+        InputError, match=rf"config.yaml: unknown key {unknown}; did you mean {meant}\?"
+    ):
+        merge(text)
+
+
+def test_unknown_key_without_a_close_one_points_to_the_readme(merge):
+    with pytest.raises(InputError, match="command line: unknown key QWXZ; see the README"):
+        merge("SEED: 1", "QWXZ", "1")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind"),
+    [
+        ("SEED", "1.5", "int"),
+        ("SEED", "True", "int"),
+        ("SEED", "", "int"),
+        ("SOLVER.MAX_ITER", "null", "int"),
+        ("SOLVER.BASE_LR", "fast", "float"),
+        ("SOLVER.BASE_LR", "True", "float"),
+        ("SOLVER.AMP.ENABLED", "1", "bool"),
+        ("OUTPUT_DIR", "[a]", "str"),
+        ("SOLVER.STEPS", "3", "tuple"),
+    ],
+)
+def test_value_of_another_type_is_refused(key, value, kind):
+    with pytest.raises(InputError, match=f"command line: {key} needs an? {kind} such as "):
+        merge_config(get_config(), "", [key, value])
+
+
+@pytest.mark.parametrize("value", ['"2024"', "'1.5'", '"None"'])
+def test_a_quoted_string_stays_a_string(merge, value):
+    assert value[1:-1] == merge(f"OUTPUT_DIR: {value}").OUTPUT_DIR
+
+
+def test_an_empty_override_of_a_string_is_the_empty_string(merge):
+    assert merge("MODEL: {WEIGHTS: a.pth}", "MODEL.WEIGHTS", "").MODEL.WEIGHTS == ""
+
+
+def test_base_is_read_first_and_relative_to_the_file(tmp_path):
+    (tmp_path / "base.yaml").write_text("SEED: 1\nSSOD: {EMA_DECAY: 0.5, BURN_IN_ITERS: 9}")
+    (tmp_path / "sub").mkdir()
+    path = tmp_path / "sub" / "child.yaml"
+    path.write_text("_BASE_: ../base.yaml\nSSOD: {EMA_DECAY: 0.25}")
+    cfg = merge_config(get_config(), str(path))
+    assert (cfg.SEED, cfg.SSOD.EMA_DECAY, cfg.SSOD.BURN_IN_ITERS) == (1, 0.25, 9)
+
+
+def test_missing_file_is_reported(tmp_path):
+    with pytest.raises(InputError, match="nowhere.yaml: config file not found"):
+        merge_config(get_config(), str(tmp_path / "nowhere.yaml"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SEED: [1",
+        "SEED: !!python/object/apply:os.getpid []",
+        "_BASE_: nowhere.yaml",
+        "_BASE_: config.yaml",
+    ],
+)
+def test_malformed_file_is_reported(merge, text):
+    with pytest.raises(InputError, match="config.yaml: cannot be read as YAML"):
+        merge(text)
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment", "3", "[1]"])
+def test_file_without_a_mapping_is_reported(merge, text):
+    with pytest.raises(InputError, match="config.yaml: expected a mapping of keys"):
+        merge(text)
+
+
+@pytest.mark.parametrize("value", ["{", "@here", "%d"])
+def test_override_that_is_no_yaml_is_reported_with_its_key(value):
+    with pytest.raises(InputError, match="OUTPUT_DIR"):
+        merge_config(get_config(), "", ["OUTPUT_DIR", value])
+
+
+def test_odd_number_of_overrides_is_refused():
+    with pytest.raises(InputError, match="KEY VALUE pairs, got 'SEED 1 OUTPUT_DIR'"):
+        merge_config(get_config(), "", ["SEED", "1", "OUTPUT_DIR"])
+
+
+def test_host_of_the_overrides_beats_the_file_and_the_file_the_default(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("SSOD: {HOST: detectron2}")
+    assert read_host("") == "torchvision"
+    assert read_host(str(path)) == "detectron2"
+    assert read_host(str(path), ["SEED", "1", "SSOD.HOST", "torchvision"]) == "torchvision"
+
+
+def test_host_of_the_base_is_found(tmp_path):
+    (tmp_path / "base.yaml").write_text("SSOD: {HOST: detectron2}")
+    (tmp_path / "child.yaml").write_text("_BASE_: base.yaml\nSEED: 1")
+    assert read_host(str(tmp_path / "child.yaml")) == "detectron2"
+
+
+def test_unknown_host_is_refused():
+    with pytest.raises(InputError, match="SSOD.HOST must be .* got 'keras'"):
+        read_host("", ["SSOD.HOST", "keras"])
+
+
+def _keys_read(source):
+    """Upper-case ends of attribute chains that are read: `A.B` for `cfg.A.B`, `B` for `a.B`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            names = []
+            while isinstance(node, ast.Attribute) and node.attr.isupper():
+                names.append(node.attr)
+                node = node.value
+            if names:
+                yield ".".join(reversed(names))
+
+
+def test_every_key_is_read():
+    sources = [path for path in PACKAGE.rglob("*.py") if path.name != "config.py"]
+    read = {key for path in sources for key in _keys_read(path.read_text())}
+    keys = {key for key, _ in _leaves(get_config())} - READ_ELSEWHERE
+    assert len(keys) > 50
+    dead = {key for key in keys if not any(f".{key}".endswith(f".{end}") for end in read)}
+    assert not dead, f"no code reads {sorted(dead)}"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_shipped_config_can_be_read(path):
+    assert read_host(str(path)) in ("torchvision", "detectron2")
+    if read_host(str(path)) == "torchvision":
+        assert merge_config(get_config(), str(path)) != get_config()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train or evaluate a semi-supervised detector: `python train_net.py --config-file X [KEY VALUE ...]`."""
+"""Train or evaluate: `python train_net.py --config-file configs/x.yaml [KEY VALUE ...]`."""
 
 import sys
 

@@ -1,6 +1,3 @@
-import pytest
-
-
 def pytest_addoption(parser):
     parser.addoption("--runslow", action="store_true", help="run the tests marked slow as well")
 

@@ -6,7 +6,9 @@ Everything else in a config has Detectron2's key names. Unknown keys are errors.
 
 from __future__ import annotations
 
+import ast
 import difflib
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,16 @@ import yaml
 from fvcore.common.config import CfgNode
 
 from ssod.errors import InputError
+
+_RANGES = {  # of keys that nothing else checks before training
+    "SEED": (0, 2**63),
+    "SSOD.FOCAL_GAMMA": (0, 10),
+    "SSOD.RPN_IGNORE_WEIGHT": (0, 1),
+    "SSOD.DATA.MAX_FAILED_SHARE": (0, 1),
+    "SOLVER.MAX_ITER": (1, 2**63),
+    "SOLVER.BASE_LR": (0, 1e3),
+    "DATALOADER.NUM_WORKERS": (0, 1024),
+}
 
 
 def add_ssod_config(cfg: CfgNode) -> None:
@@ -60,8 +72,8 @@ def add_ssod_config(cfg: CfgNode) -> None:
     # Folder of unlabeled images; with a JSON only the images it lists. "": none besides the split.
     data.UNLABELED_JSON = ""
     data.UNLABELED_IMAGES = ""
-    # COCO JSON with the true boxes of unlabeled images, never trained on: pseudo-labels are measured
-    # against it. With PERCENT the split's own. "": not measured.
+    # COCO JSON with the true boxes of unlabeled images, never trained on: pseudo-labels are
+    # measured against it. With PERCENT the split's own. "": not measured.
     data.UNLABELED_TRUTH_JSON = ""
     # COCO JSON and folder of the images that AP is measured on. "": no evaluation.
     data.VAL_JSON = ""
@@ -82,22 +94,39 @@ def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _set(cfg: CfgNode, known: dict[str, Any], key: str, value: Any, source: str) -> None:
+def _coerce(default: Any, value: Any) -> Any:
+    """Return the value in the type of the default; raise TypeError if it has another."""
+    if isinstance(default, str) or type(value) is type(default):
+        if type(value) is type(default):
+            return value
+    elif isinstance(value, str):
+        # What YAML 1.1 leaves as text: 1e-3, and tuples as Detectron2's configs write them.
+        return _coerce(default, ast.literal_eval(value))
+    elif isinstance(default, float) and type(value) is int:
+        return float(value)
+    elif isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
+        return type(default)(value)
+    raise TypeError
+
+
+def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
+    known = dict(_leaves(cfg))
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else "see the README for the keys that exist."
+        hint = f"did you mean {near[0]}?" if near else "see ssod.config for the keys that exist"
         raise InputError(f"{source}: unknown key {key}; {hint}")
-    node, _, name = key.rpartition(".")
-    # yacs refuses 1 where the default is 1.0.
-    if isinstance(known[key], float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
     try:
-        cfg.merge_from_list([key, value])
-    except ValueError as error:
+        value = _coerce(known[key], value)
+    except (TypeError, ValueError, SyntaxError) as error:
         raise InputError(
             f"{source}: {key} needs a {type(known[key]).__name__} such as {known[key]!r}, "
             f"got {value!r}"
         ) from error
+    if key in _RANGES and not _RANGES[key][0] <= value <= _RANGES[key][1]:
+        low, high = _RANGES[key]
+        raise InputError(f"{source}: {key} must be in [{low}, {high}], got {value}")
+    *groups, name = key.split(".")
+    functools.reduce(getattr, groups, cfg)[name] = value
 
 
 def _load_yaml(path: str) -> dict:
@@ -105,8 +134,18 @@ def _load_yaml(path: str) -> dict:
         raise InputError(f"{path}: config file not found; expected a YAML file")
     try:
         loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError, AssertionError) as error:
-        raise InputError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    # fvcore lets TypeError out for an empty file and RecursionError for a `_BASE_` of itself.
+    except (
+        yaml.YAMLError,
+        OSError,
+        UnicodeError,
+        AssertionError,
+        TypeError,
+        RecursionError,
+    ) as error:
+        raise InputError(
+            f"{path}: cannot be read as a YAML mapping of keys: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: expected a mapping of keys, got {type(loaded).__name__}")
     return loaded
@@ -122,22 +161,27 @@ def merge_config(cfg: CfgNode, path: str, overrides: Sequence[str] = ()) -> CfgN
         overrides: alternating keys and values, as on a command line.
 
     Raises:
-        InputError: for a missing or malformed file, an unknown key, or a value of another type.
+        InputError: for a missing or malformed file, an unknown key, or a value of another type
+            or out of range.
     """
-    known = dict(_leaves(cfg))
     for key, value in _leaves(_load_yaml(path) if path else {}):
-        _set(cfg, known, key, value, path)
+        _set(cfg, key, value, path)
     if len(overrides) % 2:
         raise InputError(f"overrides must be KEY VALUE pairs, got {' '.join(overrides)!r}")
-    for key, value in zip(overrides[::2], overrides[1::2]):
-        # A YAML scalar, so that `1`, `1.0`, `True` and `abc` mean what they mean in a file.
-        _set(cfg, known, key, yaml.safe_load(value), "command line")
+    for key, text in zip(overrides[::2], overrides[1::2], strict=True):
+        # Everything but a string is read as it would be in a file.
+        is_text = isinstance(dict(_leaves(cfg)).get(key), str)
+        try:
+            value = text if is_text else yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        _set(cfg, key, value, "command line")
     return cfg
 
 
 def read_host(path: str, overrides: Sequence[str] = ()) -> str:
     """Return which host a config is for: `SSOD.HOST` of the overrides, the file or the default."""
-    pairs = dict(zip(overrides[::2], overrides[1::2]))
+    pairs = dict(zip(overrides[::2], overrides[1::2], strict=False))
     leaves = dict(_leaves(_load_yaml(path))) if path else {}
     host = pairs.get("SSOD.HOST", leaves.get("SSOD.HOST", "torchvision"))
     if host not in ("torchvision", "detectron2"):

@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import torchvision_case
-from torchvision.ops import box_area
-
 from ssod.core.filters import FixedThreshold
 from ssod.core.structures import Targets, TwoStreamBatch, Views
 from ssod.core.teacher_student import TeacherStudent
+from torchvision.ops import box_area
 
 NUM_CLASSES = 3
 CASES = {"torchvision": torchvision_case}
@@ -68,7 +67,7 @@ def test_preprocess_pads_and_never_resizes(detector):
     assert batch.sizes == [(50, 64), (33, 40)]
     assert batch.tensor.shape == (2, 3, 64, 64)
     # Normalisation is affine, so pixels must relate to the input linearly in every channel.
-    for image, normalised in zip(images, batch.tensor):
+    for image, normalised in zip(images, batch.tensor, strict=True):
         inside = normalised[:, : image.shape[1], : image.shape[2]]
         for channel in range(3):
             pair = torch.stack([image[channel].float().flatten(), inside[channel].flatten()])
@@ -120,9 +119,7 @@ def test_soft_labels_reach_the_classification_loss(detector):
     output = _losses(detector, targets)
     foreground = output.samples.classes < NUM_CLASSES
     log_probs = output.regions.logits.log_softmax(1)
-    rows = torch.where(
-        foreground, -log_probs.mean(1), -log_probs[torch.arange(len(log_probs)), -1]
-    )
+    rows = torch.where(foreground, -log_probs.mean(1), -log_probs[torch.arange(len(log_probs)), -1])
     torch.testing.assert_close(output.losses["loss_cls"], rows.mean())
 
 
@@ -149,7 +146,10 @@ def test_rpn_ignores_boxes_of_low_weight_instead_of_calling_them_background(dete
 
 
 def _is_objectness_bias(name):
-    return name in ("rpn.head.cls_logits.bias", "proposal_generator.rpn_head.objectness_logits.bias")
+    return name in (
+        "rpn.head.cls_logits.bias",
+        "proposal_generator.rpn_head.objectness_logits.bias",
+    )
 
 
 @pytest.mark.parametrize("rows", [(TWO_BOXES, NO_BOX), (NO_BOX, NO_BOX)])
@@ -165,7 +165,7 @@ def test_sampled_regions_carry_their_own_images_targets(detector):
     targets[1].weights = torch.tensor([0.25])
     samples = _losses(detector, targets).samples
     start = 0
-    for boxes, target in zip(samples.boxes, targets):
+    for boxes, target in zip(samples.boxes, targets, strict=True):
         rows = slice(start, start + len(boxes))
         foreground = samples.classes[rows] < NUM_CLASSES
         matched = samples.matched[rows][foreground]
@@ -185,7 +185,7 @@ def test_predict_with_identity_rescoring_is_the_hosts_inference(case, detector, 
         detections = detector.predict(detector.features(batch), batch, rescore)
     expected = case.host_inference(detector, batch)
     assert sum(len(d) for d in detections) > 0
-    for found, (boxes, scores, classes) in zip(detections, expected):
+    for found, (boxes, scores, classes) in zip(detections, expected, strict=True):
         torch.testing.assert_close(found.boxes, boxes)
         torch.testing.assert_close(found.scores, scores)
         assert torch.equal(found.classes, classes)
@@ -234,7 +234,9 @@ def test_stride_shift_pools_the_next_coarser_level(case, detector):
     """With P3 to P5 in place of P2 to P4, regions of level 3 and above score as before."""
     batch = detector.preprocess(_images((256, 512)))
     features = detector.features(batch)
-    boxes = torch.tensor([[5.0, 7.0, 140.0, 150.0], [0.0, 0.0, 250.0, 240.0], [9.0, 3.0, 503.0, 251.0]])
+    boxes = torch.tensor(
+        [[5.0, 7.0, 140.0, 150.0], [0.0, 0.0, 250.0, 240.0], [9.0, 3.0, 503.0, 251.0]]
+    )
     assert (box_area(boxes).sqrt() >= 112).all()
     expected = detector.score_regions(features, [boxes])
     actual = detector.score_regions(case.shifted_pyramid(features), [boxes], stride_shift=1)

@@ -1,14 +1,13 @@
 """The torchvision adapter and, for comparison, torchvision's own model with its weights."""
 
 import torch
+from ssod.config import merge_config
+from ssod.hosts.torchvision.build import build_backbone, build_detector
+from ssod.hosts.torchvision.config import get_config
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
-
-from ssod.config import merge_config
-from ssod.hosts.torchvision.build import build_backbone, build_detector
-from ssod.hosts.torchvision.config import get_config
 
 NUM_CLASSES = 3
 OVERRIDES = {
@@ -32,9 +31,7 @@ def build():
 
 def host_model(detector):
     """Return an unmodified FasterRCNN with the detector's weights and mode."""
-    cfg = merge_config(
-        get_config(), "", [str(item) for pair in OVERRIDES.items() for item in pair]
-    )
+    cfg = merge_config(get_config(), "", [str(item) for pair in OVERRIDES.items() for item in pair])
     model = FasterRCNN(
         build_backbone(cfg),
         rpn_post_nms_top_n_train=cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN,

@@ -103,9 +103,11 @@ def run_experiment(config: str, opts: Sequence[str], output: Path, seed: int) ->
     # Both runs continue from the same weights, optimizer and position in the labeled data.
     for run in ("supervised", "semi_supervised"):
         _branch(output / "burn_in", output / run)
-    supervised, results = _train(configure("supervised", *no_unlabeled), "2/3 supervised")
-    trainer, ssl_results = _train(configure("semi_supervised"), "3/3 semi-supervised")
-    results = {"supervised": results, "semi_supervised": ssl_results}
+    results = {}
+    _, results["supervised"] = _train(configure("supervised", *no_unlabeled), "2/3 supervised")
+    trainer, results["semi_supervised"] = _train(
+        configure("semi_supervised"), "3/3 semi-supervised"
+    )
     rows = [
         {COLUMNS[0]: title}
         | {name: results[run][f"{model}/{name}"] for name in METRICS}
@@ -165,19 +167,20 @@ def _branch(source: Path, target: Path) -> None:
 def _speed(run: Path, cfg: CfgNode, semi_supervised: bool) -> dict[str, float]:
     """Training time without evaluation, and images read a second once the burn-in is over."""
     steps = [line for line in read_metrics(run) if "time/step" in line]
-    ends = [0] + [line["iteration"] for line in steps]
-    seconds = [
-        line["time/step"] * (end - start) for line, start, end in zip(steps, ends, ends[1:])
-    ]
+    seconds = np.array([line["time/step"] for line in steps])
+    iterations = np.diff([line["iteration"] for line in steps], prepend=0)
     after = [line["time/step"] for line in steps if line["iteration"] > cfg.SSOD.BURN_IN_ITERS]
     images = cfg.SOLVER.IMS_PER_BATCH + cfg.SSOD.DATA.UNLABELED_PER_BATCH * semi_supervised
-    return {"minutes": sum(seconds) / 60, "images/s": images / mean(after)}
+    return {"minutes": float(seconds @ iterations) / 60, "images/s": images / mean(after)}
 
 
 def _draw(output: Path, trainer: Trainer, rows: list[Row]) -> None:
     data, cfg = trainer.data, trainer.cfg
     pseudo_labeled = label_images(
-        trainer.model, data.hidden_truth.select(data.hidden_truth.image_ids[:6]), cfg, trainer.device
+        trainer.model,
+        data.hidden_truth.select(data.hidden_truth.image_ids[:6]),
+        cfg,
+        trainer.device,
     )
     draw_report(
         output / "report.png",

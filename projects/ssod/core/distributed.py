@@ -37,7 +37,7 @@ def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
     names = sorted(values)
     stacked = torch.stack([values[name].detach().double() for name in names])
     mean = (all_reduce_sum(stacked) / get_world_size()).tolist()
-    return dict(zip(names, mean))
+    return dict(zip(names, mean, strict=True))
 
 
 def seed_step(seed: int, iteration: int) -> None:
@@ -48,4 +48,4 @@ def seed_step(seed: int, iteration: int) -> None:
     on (seed, iteration, rank) alone is what makes a resumed run equal an uninterrupted one.
     """
     # A multiplier per argument keeps neighboring iterations and ranks on different seeds.
-    torch.manual_seed((seed * 1_000_003 + iteration) * 65_537 + get_rank())
+    torch.manual_seed(((seed * 1_000_003 + iteration) * 65_537 + get_rank()) % 2**63)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 def _paired_state(teacher: nn.Module, student: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     own = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
     new = dict(student.named_parameters()) | dict(student.named_buffers())
-    if own.keys() != new.keys():
-        unmatched = sorted(own.keys() ^ new.keys())
+    unmatched = sorted(own.keys() ^ new.keys())
+    unmatched += [name for name in own.keys() & new.keys() if own[name].shape != new[name].shape]
+    if unmatched:
         raise ValueError(
             "teacher and student must have the same parameters and buffers, "
             f"unmatched: {unmatched[:5]}"
@@ -41,12 +42,12 @@ def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
             "update, typically 0.99 to 0.9999."
         )
     averaged, current = _paired_state(teacher, student)
-    floating = [(a, c) for a, c in zip(averaged, current) if a.is_floating_point()]
+    floating = [(a, c) for a, c in zip(averaged, current, strict=True) if a.is_floating_point()]
     if decay == 0:  # `lerp` with weight 1 is not exact for every value
         floating = []
     else:
         torch._foreach_lerp_([a for a, _ in floating], [c for _, c in floating], 1 - decay)
     done = {id(a) for a, _ in floating}
-    for a, c in zip(averaged, current):
+    for a, c in zip(averaged, current, strict=True):
         if id(a) not in done:
             a.copy_(c)

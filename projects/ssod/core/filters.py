@@ -7,6 +7,7 @@ Shape shorthand: R detections of one image, K foreground classes.
 from __future__ import annotations
 
 import torch
+from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import nn
 
@@ -30,7 +31,7 @@ class PseudoLabelFilter(nn.Module):
     """
 
     @classmethod
-    def from_config(cls, cfg, num_classes: int) -> PseudoLabelFilter:  # noqa: ANN001
+    def from_config(cls, cfg: CfgNode, num_classes: int) -> PseudoLabelFilter:
         """Build the filter from `cfg.SSOD.FILTER`."""
         raise NotImplementedError
 
@@ -59,15 +60,20 @@ class FixedThreshold(PseudoLabelFilter):
         self.score_thresh = score_thresh
 
     @classmethod
-    def from_config(cls, cfg, num_classes: int) -> FixedThreshold:  # noqa: ANN001
+    def from_config(cls, cfg: CfgNode, num_classes: int) -> FixedThreshold:
         """Read `SSOD.FILTER.SCORE_THRESH`."""
         return cls(cfg.SSOD.FILTER.SCORE_THRESH)
 
     def forward(self, detections: list[Detections]) -> list[PseudoLabels]:
         """Filter each image's (R,) detections; an image may keep none."""
-        # Detections are sorted by score, so the kept ones are a prefix: one host sync a batch.
-        counts = torch.stack([(d.scores > self.score_thresh).sum() for d in detections]).tolist()
-        return [self._keep(d[:count]) for d, count in zip(detections, counts)]
+        above = [d.scores > self.score_thresh for d in detections]
+        # The kept rows first, in their order: one host sync a batch instead of one a field.
+        orders = [mask.argsort(descending=True, stable=True) for mask in above]
+        counts = torch.stack([mask.sum() for mask in above]).tolist()
+        return [
+            self._keep(d[order[:count]])
+            for d, order, count in zip(detections, orders, counts, strict=True)
+        ]
 
     @staticmethod
     def _keep(kept: Detections) -> PseudoLabels:

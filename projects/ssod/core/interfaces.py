@@ -56,9 +56,7 @@ class RegionDetector(nn.Module, ABC):
 
     @abstractmethod
     def preprocess(self, images: list[Tensor]) -> ImageBatch:
-        """
-        Normalise and pad uint8 RGB (3, h, w) images to the host's conventions; never resize.
-        """
+        """Normalise and pad uint8 RGB (3, h, w) images as the host does; never resize."""
 
     @abstractmethod
     def features(self, batch: ImageBatch) -> Features:

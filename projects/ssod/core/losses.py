@@ -19,8 +19,8 @@ def weighted_classification_loss(
 
     With the predicted distribution q the loss of a region is
     `-sum_c probs_c * (1 - q_c)^gamma * log q_c`. For one-hot targets this is the multi-class
-    focal loss of Unbiased Teacher (https://arxiv.org/abs/2102.09480, Sec. 3.3), which uses gamma 1.5 and no
-    class weights.
+    focal loss of Unbiased Teacher (https://arxiv.org/abs/2102.09480), which uses gamma 1.5
+    and no class weights.
 
     Args:
         logits: (R, K + 1).

@@ -206,12 +206,11 @@ class RegionSamples(TensorFields):
             targets: one an image.
             num_classes: K.
         """
-        # An image without boxes gets one dummy row, which only background rows can point to.
-        dummy = Targets.from_ground_truth(
-            boxes[0].new_zeros(1, 4), classes[0].new_zeros(1), num_classes
-        )
         rows = Targets.cat(
-            [(t if len(t) else dummy)[m] for t, m in zip(targets, matched, strict=True)]
+            [
+                t[m] if len(t) else _no_targets(t, len(m))
+                for t, m in zip(targets, matched, strict=True)
+            ]
         )
         flat_classes = torch.cat(classes)
         background = flat_classes == num_classes
@@ -225,6 +224,17 @@ class RegionSamples(TensorFields):
             box_weights=rows.box_weights.masked_fill(background, 1.0),
             probs=torch.where(background[:, None], one_hot, rows.probs),
         )
+
+
+def _no_targets(like: Targets, count: int) -> Targets:
+    """Rows for background regions of an image without boxes."""
+    return Targets(
+        like.boxes.new_zeros(count, 4),
+        like.classes.new_zeros(count),
+        like.weights.new_ones(count),
+        like.box_weights.new_ones(count),
+        like.probs.new_zeros(count, like.probs.shape[1]),
+    )
 
 
 @dataclass
@@ -270,9 +280,9 @@ class ImageBatch(TensorFields):
         Bilinear without aligned corners, which at this factor is the mean of 2 x 2 pixels:
         geometry scales by exactly 1/2. Odd sizes are rounded up.
         """
-        small = F.interpolate(
-            self.tensor, scale_factor=0.5, mode="bilinear", align_corners=False
-        )
+        height, width = self.tensor.shape[-2:]
+        even = F.pad(self.tensor, (0, width % 2, 0, height % 2))
+        small = F.interpolate(even, scale_factor=0.5, mode="bilinear", align_corners=False)
         height, width = small.shape[-2:]
         small = F.pad(small, (0, -width % divisor, 0, -height % divisor))
         return ImageBatch(small, [((h + 1) // 2, (w + 1) // 2) for h, w in self.sizes])

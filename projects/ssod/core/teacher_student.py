@@ -70,7 +70,7 @@ class TeacherStudent(nn.Module):
                 f"SSOD.EMA_DECAY must be in [0, 1), got {ema_decay}. "
                 "It is the share of the teacher kept at each update."
             )
-        if unsup_loss_weight < 0:
+        if not unsup_loss_weight >= 0:
             raise InputError(f"SSOD.UNSUP_LOSS_WEIGHT must be at least 0, got {unsup_loss_weight}")
         if labeled_views not in ("both", "strong", "weak"):
             raise InputError(
@@ -160,6 +160,7 @@ class TeacherStudent(nn.Module):
             "strong": labeled.strong,
             "weak": labeled.weak,
         }[self.labeled_views]
+        assert labeled.targets is not None, "labeled images come with targets"
         targets = labeled.targets * (len(views) // len(labeled))
         batch = self.student.preprocess(views)
         return self.student.losses(self.student.features(batch), batch, targets).losses

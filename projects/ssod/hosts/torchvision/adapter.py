@@ -67,7 +67,9 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         """Scale to [0, 1], normalise, and pad to a multiple of 32."""
         normalised = [self.transform.normalize(image.float() / 255) for image in images]
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
-        return ImageBatch(self.transform.batch_images(normalised, self.transform.size_divisible), sizes)
+        return ImageBatch(
+            self.transform.batch_images(normalised, self.transform.size_divisible), sizes
+        )
 
     def features(self, batch: ImageBatch) -> Features:
         """Return the pyramid in fp32: anchors and pooled boxes take the dtype of the features."""
@@ -77,7 +79,9 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         self, features: Features, batch: ImageBatch, rescore: Rescore | None = None
     ) -> list[Detections]:
         """Detect objects; see the base class."""
-        assert not self.training, "predict needs eval mode: the RPN proposes differently in training"
+        assert not self.training, (
+            "predict needs eval mode: the RPN proposes differently in training"
+        )
         proposals, _ = self.propose(features, batch)
         output = self.score_regions(features, proposals)
         class_probs = output.logits.softmax(1)
@@ -86,7 +90,11 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         boxes = self.decode(torch.cat(proposals), output.deltas)
         counts = [len(p) for p in proposals]
         per_image = zip(
-            boxes.split(counts), class_probs.split(counts), output.embeddings.split(counts), batch.sizes
+            boxes.split(counts),
+            class_probs.split(counts),
+            output.embeddings.split(counts),
+            batch.sizes,
+            strict=True,
         )
         return [self._detect(*image) for image in per_image]
 
@@ -177,7 +185,7 @@ class _IgnoringRPN(RegionProposalNetwork):
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
         labels, matched_boxes = super().assign_targets_to_anchors(anchors, targets)
-        for label, anchor, target in zip(labels, anchors, targets):
+        for label, anchor, target in zip(labels, anchors, targets, strict=True):
             if len(target["boxes"]):
                 nearest = self.box_similarity(target["boxes"], anchor).argmax(0)
                 ignored = target["weights"][nearest] < self.ignore_weight

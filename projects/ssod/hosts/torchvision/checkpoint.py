@@ -72,7 +72,8 @@ def load_matching(module: nn.Module, state: dict[str, Any], path: str | Path) ->
     ]
     if problems:
         raise InputError(
-            f"{path}: checkpoint of another architecture ({len(problems)} mismatches): {problems[0]}. "
+            f"{path}: checkpoint of another architecture ({len(problems)} mismatches): "
+            f"{problems[0]}. "
             "Use the config it was trained with."
         )
     module.load_state_dict(state)

@@ -32,7 +32,7 @@ def _over_images(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
     )
     for views in loader:
-        for view, found in zip(views, label([v.image for v in views])):
+        for view, found in zip(views, label([v.image for v in views]), strict=True):
             found = found.to("cpu")
             found.boxes = map_boxes(found.boxes, torch.linalg.inv(view.matrix))
             yield dataset[view.index], found

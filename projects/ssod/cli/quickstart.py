@@ -12,13 +12,13 @@ from statistics import mean, stdev
 
 import numpy as np
 from fvcore.common.config import CfgNode
-from tqdm import tqdm
 
+from ssod.cli.shapes import add_spec_arguments, make_shapes
 from ssod.config import merge_config
 from ssod.core.structures import PseudoLabels
 from ssod.data.datasets import DetectionDataset, ImageRecord
 from ssod.data.images import read_image
-from ssod.data.shapes import ShapesSpec, ensure_shapes
+from ssod.data.shapes import ShapesSpec
 from ssod.errors import InputError
 from ssod.evaluation.report import Curve, Panel, draw_report, format_table
 from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
@@ -58,6 +58,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         default=1,
         help="repeat with so many seeds (other data, other weights); reports mean and spread",
     )
+    add_spec_arguments(parser, leave_out=("seed",))
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
     )
@@ -72,7 +73,15 @@ def run(args: argparse.Namespace) -> None:
     tables = []
     for seed in range(args.seeds):
         output = root if args.seeds == 1 else root / f"seed_{seed}"
-        tables.append(run_experiment(args.config_file, args.opts, output, seed))
+        spec = ShapesSpec(
+            args.num_labeled,
+            args.num_unlabeled,
+            args.num_val,
+            args.image_size,
+            seed,
+            args.max_objects,
+        )
+        tables.append(run_experiment(args.config_file, args.opts, output, spec))
         print(f"\n{format_table(tables[-1], COLUMNS)}\n")
         print(f"report: {output / 'report.png'}")
     if args.seeds > 1:
@@ -80,19 +89,13 @@ def run(args: argparse.Namespace) -> None:
         print(format_table(summarize(tables), [COLUMNS[0], *METRICS, "gain in AP"]))
 
 
-def run_experiment(config: str, opts: Sequence[str], output: Path, seed: int) -> list[Row]:
+def run_experiment(config: str, opts: Sequence[str], output: Path, spec: ShapesSpec) -> list[Row]:
     """Train the three rows of one seed, draw `report.png` and return the table."""
     shapes = output / "shapes"
-    with tqdm(desc="making the Shapes set", unit="image", dynamic_ncols=True) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        ensure_shapes(shapes, ShapesSpec(seed=seed), progress)
+    make_shapes(shapes, spec)
 
     def configure(run: str, *extra: str | int) -> CfgNode:
-        keys = _data_keys(shapes) + ["SEED", seed, "OUTPUT_DIR", output / run, *opts, *extra]
+        keys = _data_keys(shapes) + ["SEED", spec.seed, "OUTPUT_DIR", output / run, *opts, *extra]
         cfg = merge_config(get_config(), config, [str(key) for key in keys])
         cfg.freeze()
         return cfg

@@ -4,34 +4,56 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import fields
+from pathlib import Path
 
 from tqdm import tqdm
 
 from ssod.data.shapes import ShapesSpec, ensure_shapes
 
+_HELP = {
+    "num_labeled": "labeled images",
+    "num_unlabeled": "unlabeled images",
+    "num_val": "validation images",
+    "image_size": "long side in pixels",
+    "seed": "sets of different seeds share no image",
+    "max_objects": "most objects an image",
+}
+
+
+def add_spec_arguments(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
+    """Add an option for each field of `ShapesSpec` but those left out."""
+    for field in fields(ShapesSpec):
+        if field.name not in leave_out:
+            parser.add_argument(
+                "--" + field.name.replace("_", "-"),
+                type=int,
+                default=field.default,
+                metavar="N",
+                help=f"{_HELP[field.name]} (default: {field.default})",
+            )
+
+
+def make_shapes(root: str | Path, spec: ShapesSpec) -> bool:
+    """Make the set with a progress bar; False if an equal one was there."""
+    with tqdm(desc=f"Shapes in {root}", unit="image", dynamic_ncols=True, delay=0.5) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return ensure_shapes(root, spec, progress)
+
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
     """Add the command to the `ssod` program."""
-    parser = commands.add_parser(
-        "shapes",
-        help="write the synthetic Shapes set in COCO format",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = commands.add_parser("shapes", help="write the synthetic Shapes set in COCO format")
     parser.add_argument("root", help="folder to write; an equal set that is there is kept")
-    for field in fields(ShapesSpec):
-        flag = "--" + field.name.replace("_", "-")
-        parser.add_argument(flag, type=int, default=field.default, help="whole number")
+    add_spec_arguments(parser)
     parser.set_defaults(command=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the set unless an equal one is there."""
     spec = ShapesSpec(**{field.name: getattr(args, field.name) for field in fields(ShapesSpec)})
-    with tqdm(desc=args.root, unit="image", dynamic_ncols=True) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        made = ensure_shapes(args.root, spec, progress)
+    made = make_shapes(args.root, spec)
     print(f"{args.root}: {'written' if made else 'already there'}")

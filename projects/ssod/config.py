@@ -119,8 +119,8 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
         value = _coerce(known[key], value)
     except (TypeError, ValueError, SyntaxError) as error:
         raise InputError(
-            f"{source}: {key} needs a {type(known[key]).__name__} such as {known[key]!r}, "
-            f"got {value!r}"
+            f"{source}: {key} needs a value of type {type(known[key]).__name__} such as "
+            f"{known[key]!r}, got {value!r}"
         ) from error
     if key in _RANGES and not _RANGES[key][0] <= value <= _RANGES[key][1]:
         low, high = _RANGES[key]

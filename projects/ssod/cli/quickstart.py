@@ -50,12 +50,23 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "same EMA (the control), and semi-supervised from one common burn-in. Interrupted, it "
         "continues where it was.",
     )
-    parser.add_argument("--config-file", default="configs/quickstart.yaml", metavar="FILE")
-    parser.add_argument("--output", default="output/quickstart", metavar="DIR")
+    parser.add_argument(
+        "--config-file",
+        default="configs/quickstart.yaml",
+        metavar="FILE",
+        help="YAML config (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output",
+        default="output/quickstart",
+        metavar="DIR",
+        help="folder for data, runs and report (default: %(default)s)",
+    )
     parser.add_argument(
         "--seeds",
         type=int,
         default=1,
+        metavar="N",
         help="repeat with so many seeds (other data, other weights); reports mean and spread",
     )
     add_spec_arguments(parser, leave_out=("seed",))

@@ -1,0 +1,86 @@
+import pytest
+from ssod.config import merge_config
+from ssod.errors import InputError
+from ssod.hosts.torchvision.build import build_backbone, build_detector
+from ssod.hosts.torchvision.config import get_config
+from tiny_run import OPTIONS
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+NORM_LAYERS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.GroupNorm)
+
+
+def _config(*overrides):
+    options = [str(item) for pair in OPTIONS.items() for item in pair]
+    return merge_config(get_config(), "", options + [str(item) for item in overrides])
+
+
+def _num_parameters(model):
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.RESNETS.DEPTH", 101, r"DEPTH must be one of \[18, 34, 50\], got 101"),
+        ("MODEL.RESNETS.NORM", "SyncBN", r"RESNETS.NORM must be one of .*'GN'.*, got 'SyncBN'"),
+        ("MODEL.RESNETS.NORM", "", r"RESNETS.NORM must be one of .*, got ''"),
+        ("MODEL.FPN.NORM", "LN", r"FPN.NORM must be one of \['', .*'GN'.*, got 'LN'"),
+        ("MODEL.ANCHOR_GENERATOR.SIZES", "[[32], [64]]", "one list for each of the 5 .*, got 2"),
+    ],
+)
+def test_value_that_is_not_supported_is_refused(key, value, message):
+    with pytest.raises(InputError, match=message):
+        build_detector(_config(key, value))
+
+
+@pytest.mark.parametrize(("norm", "layer"), zip(("BN", "FrozenBN", "GN"), NORM_LAYERS, strict=True))
+def test_norm_of_the_backbone(norm, layer):
+    body = build_backbone(_config("MODEL.RESNETS.NORM", norm)).body
+    layers = [module for module in body.modules() if isinstance(module, NORM_LAYERS)]
+    assert len(layers) == 20  # of a ResNet-18: two a block, the stem's and three shortcuts'
+    assert {type(module) for module in layers} == {layer}
+    learns = [p.requires_grad for module in layers for p in module.parameters()]
+    assert all(learns) and bool(learns) == (norm != "FrozenBN")
+
+
+@pytest.mark.parametrize(("norm", "count"), [("", 0), ("BN", 8), ("GN", 8)])
+def test_norm_of_the_pyramid(norm, count):
+    fpn = build_backbone(_config("MODEL.FPN.NORM", norm, "MODEL.FPN.OUT_CHANNELS", 64)).fpn
+    assert sum(isinstance(module, NORM_LAYERS) for module in fpn.modules()) == count
+
+
+def test_channels_of_the_pyramid_change_the_layers_that_see_them():
+    def expected(channels):
+        lateral = (64 + 128 + 256 + 512) * channels + 4 * channels
+        smooth = 4 * (9 * channels**2 + channels)
+        rpn_head = 9 * channels**2 + channels + 3 * (1 + 4) * (channels + 1)
+        return lateral + smooth + rpn_head + 49 * channels * 32
+
+    narrow, wide = (
+        _num_parameters(build_detector(_config("MODEL.FPN.OUT_CHANNELS", c))) for c in (16, 40)
+    )
+    assert wide - narrow == expected(40) - expected(16)
+
+
+def test_resnet_50_is_built_with_its_wider_stages():
+    detector = build_detector(_config("MODEL.RESNETS.DEPTH", 50))
+    lateral = [block[0].in_channels for block in detector.backbone.fpn.inner_blocks]
+    assert lateral == [256, 512, 1024, 2048]
+
+
+def test_heads_have_the_configured_sizes():
+    detector = build_detector(
+        _config(
+            "MODEL.ROI_HEADS.NUM_CLASSES",
+            5,
+            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS",
+            "[[0.5, 1.0]]",
+            "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION",
+            3,
+        )
+    )
+    predictor, rpn = detector.roi_heads.box_predictor, detector.rpn.head
+    assert (predictor.cls_score.out_features, predictor.bbox_pred.out_features) == (6, 24)
+    assert (rpn.cls_logits.out_channels, rpn.bbox_pred.out_channels) == (2, 8)
+    assert detector.roi_heads.box_head.fc6.in_features == 16 * 3 * 3

@@ -1,0 +1,175 @@
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+from contract import torchvision_case
+from ssod.errors import InputError
+from ssod.hosts.torchvision.checkpoint import (
+    CHECKPOINT_NAME,
+    load_detector_weights,
+    load_matching,
+    read_checkpoint,
+    save_checkpoint,
+)
+from ssod.hosts.torchvision.loop import Trainer, build_model
+from tiny_run import differences, read_state, tiny_config
+from torch import nn
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    """Path of a checkpoint of the model after one step."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / "checkpoint.pth", model, optimizer, "SEED: 3")
+    return tmp_path / "checkpoint.pth"
+
+
+def test_what_was_saved_is_read(model, saved):
+    state = read_checkpoint(saved)
+    assert state["config"] == "SEED: 3"
+    assert differences(state["model"], dict(model.state_dict())) == []
+    other = torch.optim.AdamW(model.parameters())
+    other.load_state_dict(state["optimizer"])
+    assert differences(other.state_dict(), state["optimizer"]) == []
+    assert len(state["optimizer"]["state"]) == 4
+    assert os.listdir(saved.parent) == [saved.name]
+
+
+def test_a_failure_while_saving_leaves_the_old_file(model, saved):
+    before = saved.read_bytes()
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        save_checkpoint(saved, model, torch.optim.SGD(model.parameters()), config=lambda: None)
+    assert saved.read_bytes() == before
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="nowhere.pth: checkpoint not found"):
+        read_checkpoint(tmp_path / "nowhere.pth")
+    with pytest.raises(InputError, match="checkpoint not found"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.9])
+def test_truncated_file(saved, kept):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(InputError, match=r"checkpoint.pth: not a checkpoint that can be read \("):
+        read_checkpoint(saved)
+
+
+@pytest.mark.parametrize("content", [b"SEED: 3\n", b"\x89PNG\r\n\x1a\n", pickle.dumps([1])])
+def test_file_of_another_kind(tmp_path, content):
+    (tmp_path / "other").write_bytes(content)
+    with pytest.raises(InputError, match="other: not a checkpoint that can be read"):
+        read_checkpoint(tmp_path / "other")
+
+
+def test_file_of_torch_without_a_dictionary(tmp_path):
+    torch.save(torch.zeros(2), tmp_path / "tensor.pth")
+    with pytest.raises(InputError, match="expected a checkpoint dictionary, got Tensor"):
+        read_checkpoint(tmp_path / "tensor.pth")
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "attacked"),)
+
+    torch.save({"model": Attack()}, tmp_path / "attack.pth")
+    with pytest.raises(InputError, match="attack.pth: not a checkpoint that can be read"):
+        read_checkpoint(tmp_path / "attack.pth")
+    assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"0.bias": None}, r"\(1 mismatches\): 0.bias is missing"),
+        ({"2.bias": torch.zeros(1)}, r"\(1 mismatches\): 2.bias is not part of this model"),
+        (
+            {"0.weight": torch.zeros(2, 5), "1.bias": torch.zeros(3)},
+            r"\(2 mismatches\): 0.weight has shape \(2, 5\), this config builds \(2, 3\)",
+        ),
+    ],
+    ids=["missing", "unknown", "shape"],
+)
+def test_first_mismatch_is_named_and_nothing_is_loaded(model, change, message):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {name: value + 1 for name, value in before.items()} | change
+    with pytest.raises(InputError, match=f"x.pth: checkpoint of another architecture {message}"):
+        load_matching(model, {n: v for n, v in state.items() if v is not None}, "x.pth")
+    assert differences(dict(model.state_dict()), before) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("MODEL.FPN.OUT_CHANNELS", 8, r"fpn.inner_blocks.0.0.weight has shape \(16, 64, 1, 1\)"),
+        ("MODEL.RESNETS.DEPTH", 34, "student.backbone.body.layer1.2.conv1.weight is missing"),
+        ("MODEL.RESNETS.NORM", "GN", "student.backbone.body.bn1.running_mean is not part"),
+    ],
+)
+def test_run_of_another_architecture_is_not_resumed(finished_run, shapes, key, value, message):
+    with pytest.raises(InputError, match=f"checkpoint.pth: .* another architecture .*: .*{message}"):
+        Trainer(tiny_config(shapes, finished_run, key, value), resume=True)
+
+
+def test_state_dict_is_not_resumed(shapes, tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / CHECKPOINT_NAME)
+    with pytest.raises(InputError, match="not a checkpoint of a run; it cannot be resumed"):
+        Trainer(tiny_config(shapes, tmp_path), resume=True)
+
+
+def test_optimizer_over_other_parameters_is_not_resumed(finished_run, shapes, tmp_path):
+    shutil.copy(finished_run / CHECKPOINT_NAME, tmp_path)
+    state = torch.load(tmp_path / CHECKPOINT_NAME)
+    del state["optimizer"]["param_groups"][0]["params"][0]
+    torch.save(state, tmp_path / CHECKPOINT_NAME)
+    with pytest.raises(InputError, match="its optimizer does not fit SSOD.OPTIMIZER 'SGD'"):
+        Trainer(tiny_config(shapes, tmp_path), resume=True)
+
+
+def test_weights_of_a_run_are_those_of_its_teacher(finished_run, shapes, tmp_path):
+    path = finished_run / CHECKPOINT_NAME
+    model = build_model(tiny_config(shapes, tmp_path, "MODEL.WEIGHTS", path))
+    saved = read_state(finished_run)["model"]
+    for copy in (model.student, model.teacher):
+        state = {f"teacher.{name}": value for name, value in copy.state_dict().items()}
+        assert differences(state, {n: v for n, v in saved.items() if n in state}) == []
+    assert model.iteration == 0 and not model.teacher_started
+    students = {f"student.{name}": value for name, value in model.student.state_dict().items()}
+    assert differences(students, {name: saved[name] for name in students}) != []
+
+
+def test_weights_of_torchvisions_own_model(tmp_path):
+    torch.manual_seed(0)
+    source = torchvision_case.host_model(torchvision_case.build())
+    torch.save(source.state_dict(), tmp_path / "torchvision.pth")
+    detector = torchvision_case.build()
+    assert differences(dict(detector.state_dict()), dict(source.state_dict())) != []
+    load_detector_weights(detector, tmp_path / "torchvision.pth")
+    assert differences(dict(detector.state_dict()), dict(source.state_dict())) == []
+
+
+def test_weights_for_other_classes_are_refused(finished_run):
+    detector = torchvision_case.build()  # of three classes
+    message = r"mismatches\): roi_heads.box_predictor.cls_score.weight has shape \(7, 32\)"
+    state = read_state(finished_run)["model"]
+    path = finished_run.parent / "classes.pth"
+    # Its other layers taken from the detector, so that only the classes differ.
+    own = dict(detector.state_dict())
+    prefix = "teacher.roi_heads.box_predictor."
+    torch.save(own | {n[8:]: v for n, v in state.items() if n.startswith(prefix)}, path)
+    with pytest.raises(InputError, match=message):
+        load_detector_weights(detector, path)
+    path.unlink()

@@ -1,0 +1,266 @@
+import logging
+import shutil
+
+import pytest
+import torch
+from ssod.config import merge_config
+from ssod.errors import InputError
+from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
+from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.loop import CONFIG_NAME, Trainer, build_model, select_device
+from ssod.hosts.torchvision.metric_log import read_metrics
+from ssod.hosts.torchvision.solver import learning_rate
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_run import (
+    BURN_IN_ITERS,
+    MAX_ITER,
+    differences,
+    read_lines,
+    read_state,
+    snapshot,
+    tiny_config,
+    train,
+)
+
+SUPERVISED = ("SSOD.UNSUP_LOSS_WEIGHT", 0)
+TWO_STEPS = ("SOLVER.MAX_ITER", 2, "SSOD.BURN_IN_ITERS", 1, "SSOD.DATA.VAL_JSON", "")
+ADAMW = (
+    *("MODEL.RESNETS.NORM", "GN", "SSOD.OPTIMIZER", "AdamW", "SOLVER.BASE_LR", 0.001),
+    *("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.5),
+)
+
+
+@pytest.fixture(scope="module")
+def adamw_run(shapes, tmp_path_factory):
+    output = tmp_path_factory.mktemp("adamw") / "run"
+    train(tiny_config(shapes, output, *ADAMW))
+    return output
+
+
+@pytest.fixture(scope="module")
+def burn_in(shapes, tmp_path_factory):
+    """Folder of a supervised run that ended with the burn-in."""
+    output = tmp_path_factory.mktemp("burn_in") / "run"
+    train(tiny_config(shapes, output, "SOLVER.MAX_ITER", BURN_IN_ITERS, *SUPERVISED))
+    return output
+
+
+@pytest.fixture
+def output(tmp_path):
+    yield tmp_path / "run"
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)  # checkpoints are large
+
+
+def _interrupted_at(iteration):
+    class Interrupted(Trainer):
+        def _step(self, batch):
+            if self.model.iteration == iteration:
+                raise KeyboardInterrupt
+            return super()._step(batch)
+
+    return Interrupted
+
+
+@pytest.mark.parametrize(
+    ("reference", "overrides", "saved_at", "stopped_at"),
+    [("first_run", (), 1, 1), ("first_run", (), 3, 4), ("adamw_run", ADAMW, 2, 3)],
+    ids=["BN in the burn-in", "BN after it", "GN, AdamW, clipped, at its end"],
+)
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
+    reference, overrides, saved_at, stopped_at, shapes, output, request
+):
+    reference = request.getfixturevalue(reference)
+    cfg = tiny_config(shapes, output, *overrides, "SOLVER.CHECKPOINT_PERIOD", saved_at)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg, trainer=_interrupted_at(stopped_at))
+    iteration, teacher_started = read_state(output)["model"]["_extra_state"].tolist()
+    assert (iteration, bool(teacher_started)) == (saved_at, saved_at >= BURN_IN_ITERS)
+    past = [line["iteration"] for line in read_lines(output) if line["iteration"] > saved_at]
+    assert bool(past) == (stopped_at > saved_at)  # lines that are written a second time
+
+    train(cfg, resume=True)
+    assert differences(read_state(output), read_state(reference)) == []
+    assert differences(read_lines(output), read_lines(reference)) == []
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_run_that_branches_off_a_supervised_burn_in_equals_a_semi_supervised_one(
+    num_workers, burn_in, first_run, shapes, output
+):
+    shutil.copytree(burn_in, output)
+    train(tiny_config(shapes, output, "DATALOADER.NUM_WORKERS", num_workers), resume=True)
+    assert differences(read_state(output), read_state(first_run)) == []
+    after = [
+        [line for line in read_lines(run) if line["iteration"] > BURN_IN_ITERS]
+        for run in (output, first_run)
+    ]
+    assert differences(*after) == []
+
+
+def test_supervised_and_semi_supervised_runs_part_after_the_burn_in(burn_in, shapes, output):
+    shutil.copytree(burn_in, output)
+    runs = {}
+    for name, overrides in {"supervised": SUPERVISED, "semi": ()}.items():
+        shutil.copy(burn_in / CHECKPOINT_NAME, output)
+        end = BURN_IN_ITERS + 1
+        train(tiny_config(shapes, output, "SOLVER.MAX_ITER", end, *overrides), resume=True)
+        runs[name] = read_state(output)["model"]
+    differing = {name.split("/")[1].split(".")[0] for name in differences(*runs.values())}
+    assert differing == {"student", "teacher"}
+
+
+def test_evaluation_leaves_training_alone(first_run, finished_run):
+    # The validation sets differ, and with them what was evaluated at EVAL_PERIOD.
+    aps = [line["teacher/AP"] for run in (first_run, finished_run) for line in read_lines(run)[1:2]]
+    assert aps[0] != aps[1]
+    assert differences(read_state(finished_run), read_state(first_run)) == []
+
+
+def test_a_line_is_written_each_log_period_and_each_evaluation(first_run):
+    written = [
+        (line["iteration"], "student/AP" in line, "total_loss" in line)
+        for line in read_lines(first_run)
+    ]
+    losses, evaluation = (False, True), (True, False)
+    assert written == [(2, *losses), (3, *evaluation), (4, *losses), (5, *losses), (5, *evaluation)]
+
+
+def test_lines_hold_losses_metrics_rate_and_times(first_run, shapes):
+    supervised = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
+    cfg = tiny_config(shapes, first_run)
+    for line in read_metrics(first_run):
+        if "total_loss" not in line:
+            continue
+        losses = {name for name in line if name.startswith("loss_")}
+        uses_unlabeled = line["iteration"] > BURN_IN_ITERS
+        expected = supervised | {f"{n}_unsup" for n in supervised if uses_unlabeled}
+        assert losses == expected
+        assert line["total_loss"] == pytest.approx(sum(line[name] for name in losses))
+        assert ("pseudo/num_per_image" in line) == uses_unlabeled
+        assert not uses_unlabeled or line["pseudo/num_per_image"] > 0
+        assert line["lr"] == learning_rate(cfg, line["iteration"] - 1)
+        assert 0 < line["time/data"] < line["time/step"]
+
+
+def test_tensorboard_gets_the_same_values(first_run):
+    events = EventAccumulator(str(first_run)).Reload()
+    lines = read_metrics(first_run)
+    for name in ("total_loss", "time/step", "student/AP", "pseudo/recall"):
+        written = [(event.step, event.value) for event in events.Scalars(name)]
+        values = [(line["iteration"], line[name]) for line in lines if name in line]
+        assert written == [(step, pytest.approx(value)) for step, value in values]
+
+
+def test_the_written_config_is_the_runs(first_run, shapes):
+    written = merge_config(get_config(), str(first_run / CONFIG_NAME))
+    assert written == tiny_config(shapes, first_run)
+
+
+def test_checkpoint_of_an_earlier_run_is_not_overwritten(first_run, shapes):
+    before = snapshot(first_run)
+    with pytest.raises(InputError, match="is of an earlier run; continue it with --resume, or"):
+        Trainer(tiny_config(shapes, first_run))
+    assert snapshot(first_run) == before
+
+
+def test_nothing_is_trained_or_written_past_the_end(finished_run, found_as_truth, shapes):
+    before, log = snapshot(finished_run), read_lines(finished_run)
+    cfg = tiny_config(shapes, finished_run, "SSOD.DATA.VAL_JSON", found_as_truth)
+    results = Trainer(cfg, resume=True).train()
+    assert snapshot(finished_run) == before
+    assert differences({"iteration": MAX_ITER} | results, log[-1]) == []
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_period", "what"), [(1, "weights are"), (0, "loss is")], ids=["save", "log"]
+)
+def test_infinite_initial_weights_stop_the_run_before_a_checkpoint(
+    checkpoint_period, what, first_run, shapes, output, tmp_path
+):
+    state = {n[8:]: v for n, v in read_state(first_run)["model"].items() if n.startswith("teacher")}
+    state["roi_heads.box_predictor.cls_score.bias"][1] = float("inf")
+    torch.save(state, tmp_path / "infinite.pth")
+    overrides = ("MODEL.WEIGHTS", tmp_path / "infinite.pth", *SUPERVISED)
+    cfg = tiny_config(shapes, output, *overrides, "SOLVER.CHECKPOINT_PERIOD", checkpoint_period)
+    with pytest.raises(InputError, match=rf"iteration [12]: the {what} not finite.*BASE_LR"):
+        train(cfg)
+    (tmp_path / "infinite.pth").unlink()
+    assert not (output / CHECKPOINT_NAME).exists()
+
+
+def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(burn_in, shapes, output):
+    shutil.copytree(burn_in, output)
+    before = snapshot(output)[str(output / CHECKPOINT_NAME)]
+    diverging = ("SOLVER.BASE_LR", 1000, "SOLVER.STEPS", "[]", "SOLVER.WARMUP_ITERS", 0)
+    cfg = tiny_config(shapes, output, *SUPERVISED, *diverging, "SOLVER.MAX_ITER", 12)
+    with pytest.raises(InputError, match="not finite.* the last checkpoint is kept. Lower "):
+        train(cfg, resume=True)
+    assert snapshot(output)[str(output / CHECKPOINT_NAME)] == before
+    assert all(line["total_loss"] < float("inf") for line in read_lines(output)[2:])
+
+
+@pytest.fixture
+def broken(shapes, tmp_path):
+    """Shapes set in which one unlabeled image cannot be decoded, and the path of that image."""
+    root = tmp_path / "shapes"
+    shutil.copytree(shapes, root)
+    image = root / "images" / "unlabeled_000003.jpg"
+    image.write_bytes(image.read_bytes()[:300])
+    return root, image
+
+
+def test_broken_unlabeled_image_is_reported_once(broken, output, caplog):
+    root, image = broken
+    # Every step after the burn-in draws each of the six images.
+    overrides = ("SSOD.DATA.UNLABELED_PER_BATCH", 6, "SSOD.DATA.UNLABELED_TRUTH_JSON", "")
+    caplog.set_level(logging.WARNING)
+    train(tiny_config(root, output, *overrides, "TEST.EVAL_PERIOD", 0))
+    reports = [record.message for record in caplog.records if str(image) in record.message]
+    assert len(reports) == 1 and "cannot be decoded" in reports[0]
+    assert read_lines(output)[-1]["iteration"] == MAX_ITER
+    assert "pseudo/recall" not in read_lines(output)[-1]  # no truth is known
+
+
+def test_too_many_broken_images_stop_the_run(broken, output):
+    root, image = broken
+    many = ("SSOD.DATA.UNLABELED_PER_BATCH", 50, "INPUT.MIN_SIZE_TRAIN", "[32]")
+    cfg = tiny_config(root, output, *TWO_STEPS, *many, "SSOD.BURN_IN_ITERS", 0)
+    with pytest.raises(InputError, match=rf"of \d+ images drawn .* {image}.*MAX_FAILED_SHARE"):
+        train(cfg)
+    assert not (output / CHECKPOINT_NAME).exists()
+
+
+def test_without_a_validation_set_there_is_no_evaluation(shapes, output):
+    cfg = tiny_config(shapes, output, *TWO_STEPS)
+    train(cfg)
+    (line,) = read_lines(output)
+    assert line["iteration"] == 2 and "total_loss" in line
+    assert Trainer(cfg, resume=True).train() == {}
+    assert not (output / "inference").exists()
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:-1", ""])
+def test_device_that_is_not_there_is_refused(shapes, tmp_path, name):
+    with pytest.raises(InputError, match=f"MODEL.DEVICE '{name}' cannot be used here; set it to"):
+        select_device(tiny_config(shapes, tmp_path, "MODEL.DEVICE", name))
+
+
+def test_device_is_chosen(shapes, tmp_path):
+    assert select_device(tiny_config(shapes, tmp_path, "MODEL.DEVICE", "cpu")).type == "cpu"
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    assert select_device(tiny_config(shapes, tmp_path, "MODEL.DEVICE", "auto")).type == best
+
+
+def test_unknown_filter_is_refused_with_the_known_ones(shapes, tmp_path):
+    with pytest.raises(InputError, match=r"one of \[.*'FixedThreshold'.*\], got 'Fixed'"):
+        build_model(tiny_config(shapes, tmp_path, "SSOD.FILTER.NAME", "Fixed"))
+
+
+def test_initial_weights_depend_on_the_seed_alone(shapes, tmp_path):
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(len(states))
+        model = build_model(tiny_config(shapes, tmp_path, "SEED", seed))
+        states.append(dict(model.state_dict()))
+    assert differences(states[0], states[1]) == []
+    assert differences(states[0], states[2]) != []

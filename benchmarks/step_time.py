@@ -49,11 +49,11 @@ def measure(trainer: Trainer, iterations: int) -> dict[str, float]:
 
     for _ in range(iterations + 2):
         batch = timed("data, both streams", next, loader).to(device)
-        losses = timed("student forward, labeled", model._supervised_losses, batch.labeled)
+        losses = timed("student forward, labeled", model.supervised_losses, batch.labeled)
         timed("backward, labeled", sum(losses.values()).backward)
         pseudo = timed("teacher forward and filter", model.pseudo_labels, batch.unlabeled.weak)
         losses = timed(
-            "student forward, unlabeled", model._unsupervised_losses, batch.unlabeled, pseudo
+            "student forward, unlabeled", model.unsupervised_losses, batch.unlabeled, pseudo
         )
         timed("backward, unlabeled", sum(losses.values()).backward)
         timed("optimizer", optimizer.step)

@@ -2,6 +2,7 @@ import ast
 from pathlib import Path
 
 import pytest
+
 import ssod
 from ssod.config import merge_config, read_host
 from ssod.errors import InputError

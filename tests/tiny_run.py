@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from fvcore.common.config import CfgNode
+
 from ssod.config import merge_config
 from ssod.data.shapes import ShapesSpec
 from ssod.hosts.torchvision import loop
@@ -45,6 +46,7 @@ OPTIONS = {
     "SSOD.BURN_IN_ITERS": BURN_IN_ITERS,
     "SSOD.EMA_DECAY": 0.5,
     "SSOD.UNSUP_BOX_LOSSES": True,
+    "SSOD.LABELED_VIEWS": "strong",
     "SSOD.FILTER.SCORE_THRESH": 0.1,
     "SSOD.DATA.UNLABELED_PER_BATCH": 2,
 }

@@ -25,6 +25,7 @@ _RANGES = {  # of keys that nothing else checks before training
     "SSOD.DATA.MAX_FAILED_SHARE": (0, 1),
     "SOLVER.MAX_ITER": (1, 2**63),
     "SOLVER.BASE_LR": (0, 1e3),
+    "SOLVER.MOMENTUM": (0, 1),
     "DATALOADER.NUM_WORKERS": (0, 1024),
 }
 

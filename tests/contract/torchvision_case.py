@@ -1,15 +1,19 @@
 """The torchvision adapter and, for comparison, torchvision's own model with its weights."""
 
+from contextlib import nullcontext
+
 import torch
-from ssod.config import merge_config
-from ssod.hosts.torchvision.build import build_backbone, build_detector
-from ssod.hosts.torchvision.config import get_config
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
+from ssod.config import merge_config
+from ssod.hosts.torchvision.build import build_backbone, build_detector
+from ssod.hosts.torchvision.config import get_config
+
 NUM_CLASSES = 3
+CHANNELS = (0, 1, 2)  # of RGB, in the model's order
 OVERRIDES = {
     "MODEL.RESNETS.DEPTH": 18,
     "MODEL.RESNETS.NORM": "GN",  # no batch statistics: two calls give the same output
@@ -21,6 +25,11 @@ OVERRIDES = {
     "MODEL.RPN.POST_NMS_TOPK_TEST": 50,
     "SSOD.FOCAL_GAMMA": 0.0,
 }
+
+
+def storage():
+    """Return the context the host needs around training calls: none."""
+    return nullcontext()
 
 
 def build():

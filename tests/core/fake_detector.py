@@ -1,10 +1,11 @@
 """A detector without a host: every method of the interface on 4 x 4 pixel images."""
 
 import torch
+from torch import nn
+
 from ssod.core.interfaces import RegionDetector
 from ssod.core.losses import weighted_classification_loss
 from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples
-from torch import nn
 
 NUM_CLASSES = 2
 LOSS_NAMES = {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}

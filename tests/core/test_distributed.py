@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+
 from ssod.core.distributed import (
     all_reduce_sum,
     get_rank,

@@ -2,9 +2,10 @@ import copy
 
 import pytest
 import torch
-from ssod.core.ema import update_ema
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from ssod.core.ema import update_ema
 
 
 def _model(dtype=torch.float32):

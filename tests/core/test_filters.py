@@ -2,6 +2,7 @@ import copy
 
 import pytest
 import torch
+
 from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY, FixedThreshold
 from ssod.core.structures import Detections
 from ssod.hosts.torchvision.config import get_config

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from ssod.core.geometry import map_boxes, view_matrix
 
 

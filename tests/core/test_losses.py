@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from ssod.core.losses import weighted_classification_loss
 
 GAMMAS = [0.0, 0.5, 1.5, 2.0]

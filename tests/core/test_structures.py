@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from ssod.core.structures import (
     Detections,
     ImageBatch,

@@ -4,6 +4,7 @@ import io
 import pytest
 import torch
 from fake_detector import LOSS_NAMES, NUM_CLASSES, FakeDetector
+
 from ssod.core.filters import FixedThreshold
 from ssod.core.structures import Targets, TwoStreamBatch, Views
 from ssod.core.teacher_student import TeacherStudent

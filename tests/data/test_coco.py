@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+
 from ssod.data.datasets import read_coco
 from ssod.errors import InputError
 

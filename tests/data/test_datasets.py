@@ -3,6 +3,7 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+
 from ssod.data.datasets import check_disjoint, read_image_folder
 from ssod.data.records import DetectionDataset, ImageRecord
 from ssod.errors import InputError

@@ -3,6 +3,7 @@ import warnings
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
+
 from ssod.data.images import read_image, read_image_size
 from ssod.errors import InputError
 

@@ -4,6 +4,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+
 from ssod.core.geometry import map_boxes
 from ssod.core.structures import TwoStreamBatch, Views
 from ssod.data.images import read_image

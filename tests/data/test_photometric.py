@@ -3,10 +3,11 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
-from ssod.data import photometric
-from ssod.data.photometric import blur, shift_hue, strong_augment
 from torchvision.transforms import RandomErasing
 from torchvision.transforms.functional import adjust_hue, gaussian_blur, pil_to_tensor
+
+from ssod.data import photometric
+from ssod.data.photometric import blur, shift_hue, strong_augment
 
 needs_cv2 = pytest.mark.skipif(photometric.cv2 is None, reason="OpenCV is not installed")
 

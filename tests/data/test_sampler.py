@@ -3,6 +3,7 @@ from itertools import chain
 
 import numpy as np
 import pytest
+
 from ssod.data.sampler import LABELED, UNLABELED, TwoStreamSampler
 from ssod.errors import InputError
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools.coco import COCO
+
 from ssod.data.shapes import (
     CATEGORY_IDS,
     MANIFEST,

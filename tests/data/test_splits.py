@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+
 from ssod.data.splits import make_split
 from ssod.errors import InputError
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from ssod.core.geometry import map_boxes
 from ssod.data.images import read_image
 from ssod.data.photometric import strong_augment

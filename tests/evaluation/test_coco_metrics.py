@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+
 from ssod.evaluation.coco_metrics import coco_metrics, detections_to_coco
 
 CATEGORIES = [{"id": 2, "name": "cat"}, {"id": 7, "name": "dog"}, {"id": 9, "name": "unseen"}]

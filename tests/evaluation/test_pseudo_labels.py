@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from ssod.evaluation.pseudo_labels import pseudo_label_quality
 
 BOX = [0.0, 0.0, 10.0, 10.0]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
+
 from ssod.evaluation.report import PALETTE, Curve, Panel, draw_report, format_table
 
 NAMES = ["cat", "dog", "bird"]

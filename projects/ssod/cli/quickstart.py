@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,15 +104,26 @@ def run(args: argparse.Namespace) -> None:
 def run_experiment(config: str, opts: Sequence[str], output: Path, spec: ShapesSpec) -> list[Row]:
     """Train the three rows of one seed, draw `report.png` and return the table."""
     shapes = output / "shapes"
-    make_shapes(shapes, spec)
+    data_keys = _data_keys(shapes)
+    reserved = {"OUTPUT_DIR": "--output"} | dict.fromkeys(data_keys[::2], "train_net.py")
+    for key in opts[::2]:
+        if key in reserved:
+            raise InputError(f"{key} is the quickstart's own; use {reserved[key]} instead")
 
     def configure(run: str, *extra: str | int) -> CfgNode:
-        keys = _data_keys(shapes) + ["SEED", spec.seed, "OUTPUT_DIR", output / run, *opts, *extra]
+        keys = data_keys + ["SEED", spec.seed, "OUTPUT_DIR", output / run, *opts, *extra]
         cfg = merge_config(get_config(), config, [str(key) for key in keys])
         cfg.freeze()
         return cfg
 
-    burn_in_iters = configure("").SSOD.BURN_IN_ITERS
+    cfg = configure("")
+    burn_in_iters = cfg.SSOD.BURN_IN_ITERS
+    if not 0 < burn_in_iters < cfg.SOLVER.MAX_ITER:
+        raise InputError(
+            f"the quickstart needs SSOD.BURN_IN_ITERS between 0 and SOLVER.MAX_ITER "
+            f"{cfg.SOLVER.MAX_ITER}, got {burn_in_iters}"
+        )
+    make_shapes(shapes, spec)
     no_unlabeled = ("SSOD.UNSUP_LOSS_WEIGHT", 0)
     _train(configure("burn_in", "SOLVER.MAX_ITER", burn_in_iters, *no_unlabeled), "1/3 burn-in")
     # Both runs continue from the same weights, optimizer and position in the labeled data.
@@ -175,7 +187,9 @@ def _branch(source: Path, target: Path) -> None:
     if not (target / CHECKPOINT_NAME).exists():
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / LOG_NAME, target)
-        shutil.copy(source / CHECKPOINT_NAME, target)
+        partial = target / f"{CHECKPOINT_NAME}.partial"
+        shutil.copy(source / CHECKPOINT_NAME, partial)
+        os.replace(partial, target / CHECKPOINT_NAME)
 
 
 def _speed(run: Path, cfg: CfgNode, semi_supervised: bool) -> dict[str, float]:

@@ -55,6 +55,8 @@ def train_torchvision(args: argparse.Namespace) -> None:
         raise InputError(
             f"--eval-only found neither {trainer.checkpoint} nor MODEL.WEIGHTS; name one of them"
         )
+    if args.eval_only and trainer.data.val is None:
+        raise InputError("--eval-only needs a validation set; set SSOD.DATA.VAL_JSON")
     results = trainer.evaluate() if args.eval_only else trainer.train()
     if results:
         print(format_results(results))

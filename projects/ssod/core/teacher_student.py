@@ -120,7 +120,7 @@ class TeacherStudent(nn.Module):
             ValueError: if the iteration needs unlabeled images and the batch has none.
         """
         self._start_teacher_if_due()
-        losses = self._supervised_losses(batch.labeled)
+        losses = self.supervised_losses(batch.labeled)
         self.metrics = {}
         if self.uses_unlabeled:
             if batch.unlabeled is None:
@@ -130,7 +130,7 @@ class TeacherStudent(nn.Module):
                     "Set SSOD.UNSUP_LOSS_WEIGHT 0 to train on labeled images alone."
                 )
             pseudo_labels = self.pseudo_labels(batch.unlabeled.weak)
-            losses |= self._unsupervised_losses(batch.unlabeled, pseudo_labels)
+            losses |= self.unsupervised_losses(batch.unlabeled, pseudo_labels)
             self.metrics = _describe(pseudo_labels)
         return losses
 
@@ -154,7 +154,8 @@ class TeacherStudent(nn.Module):
             update_ema(self.teacher, self.student, decay=0.0)
             self.teacher_started = True
 
-    def _supervised_losses(self, labeled: Views) -> dict[str, Tensor]:
+    def supervised_losses(self, labeled: Views) -> dict[str, Tensor]:
+        """Return the student's losses on the chosen views of labeled images."""
         views = {
             "both": labeled.strong + labeled.weak,
             "strong": labeled.strong,
@@ -165,9 +166,10 @@ class TeacherStudent(nn.Module):
         batch = self.student.preprocess(views)
         return self.student.losses(self.student.features(batch), batch, targets).losses
 
-    def _unsupervised_losses(
+    def unsupervised_losses(
         self, unlabeled: Views, pseudo_labels: list[PseudoLabels]
     ) -> dict[str, Tensor]:
+        """Return the student's weighted losses on strong views, named `*_unsup`."""
         targets = [p.to_targets() for p in pseudo_labels]
         batch = self.student.preprocess(unlabeled.strong)
         losses = self.student.losses(self.student.features(batch), batch, targets).losses

@@ -96,6 +96,10 @@ def load_run_data(cfg: CfgNode) -> RunData:
                 f"{path}: its categories differ from those of {data.LABELED_JSON}; "
                 "both need the same ids and names"
             )
+    if cfg.SSOD.UNSUP_LOSS_WEIGHT > 0 and data.UNLABELED_PER_BATCH == 0:
+        raise InputError(
+            "SSOD.DATA.UNLABELED_PER_BATCH must be at least 1 while SSOD.UNSUP_LOSS_WEIGHT is not 0"
+        )
     if cfg.SSOD.UNSUP_LOSS_WEIGHT > 0 and unlabeled is None:
         raise InputError(
             "no unlabeled images: set SSOD.DATA.UNLABELED_IMAGES or SSOD.DATA.PERCENT, or "

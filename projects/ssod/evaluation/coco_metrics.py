@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ def _evaluate(truth: dict, objects: list[dict], found: list[dict]) -> tuple[np.n
     try:
         from faster_coco_eval import COCO
         from faster_coco_eval import COCOeval_faster as COCOeval
+
+        logging.getLogger("faster_coco_eval").setLevel(logging.WARNING)  # six lines an evaluation
     except ImportError:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval

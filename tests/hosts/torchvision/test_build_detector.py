@@ -1,11 +1,12 @@
 import pytest
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
 from ssod.config import merge_config
 from ssod.errors import InputError
 from ssod.hosts.torchvision.build import build_backbone, build_detector
 from ssod.hosts.torchvision.config import get_config
 from tiny_run import OPTIONS
-from torch import nn
-from torchvision.ops import FrozenBatchNorm2d
 
 NORM_LAYERS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.GroupNorm)
 
@@ -34,7 +35,9 @@ def test_value_that_is_not_supported_is_refused(key, value, message):
         build_detector(_config(key, value))
 
 
-@pytest.mark.parametrize(("norm", "layer"), zip(("BN", "FrozenBN", "GN"), NORM_LAYERS, strict=True))
+@pytest.mark.parametrize(
+    ("norm", "layer"), [*zip(("BN", "FrozenBN", "GN"), NORM_LAYERS, strict=True)]
+)
 def test_norm_of_the_backbone(norm, layer):
     body = build_backbone(_config("MODEL.RESNETS.NORM", norm)).body
     layers = [module for module in body.modules() if isinstance(module, NORM_LAYERS)]

@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 import torch
+from torch import nn
+
 from contract import torchvision_case
 from ssod.errors import InputError
 from ssod.hosts.torchvision.checkpoint import (
@@ -15,7 +17,6 @@ from ssod.hosts.torchvision.checkpoint import (
 )
 from ssod.hosts.torchvision.loop import Trainer, build_model
 from tiny_run import differences, read_state, tiny_config
-from torch import nn
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_missing_file(tmp_path):
         read_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("kept", [0.1, 0.9])
+@pytest.mark.parametrize("kept", [0.0, 0.1, 0.9])
 def test_truncated_file(saved, kept):
     content = saved.read_bytes()
     saved.write_bytes(content[: int(kept * len(content))])
@@ -67,7 +68,9 @@ def test_truncated_file(saved, kept):
         read_checkpoint(saved)
 
 
-@pytest.mark.parametrize("content", [b"SEED: 3\n", b"\x89PNG\r\n\x1a\n", pickle.dumps([1])])
+@pytest.mark.parametrize(
+    "content", [b"SEED: 3\n", b"\x89PNG\r\n\x1a\n", pickle.dumps([1], protocol=2)]
+)
 def test_file_of_another_kind(tmp_path, content):
     (tmp_path / "other").write_bytes(content)
     with pytest.raises(InputError, match="other: not a checkpoint that can be read"):
@@ -120,7 +123,9 @@ def test_first_mismatch_is_named_and_nothing_is_loaded(model, change, message):
     ],
 )
 def test_run_of_another_architecture_is_not_resumed(finished_run, shapes, key, value, message):
-    with pytest.raises(InputError, match=f"checkpoint.pth: .* another architecture .*: .*{message}"):
+    with pytest.raises(
+        InputError, match=f"checkpoint.pth: .* another architecture .*: .*{message}"
+    ):
         Trainer(tiny_config(shapes, finished_run, key, value), resume=True)
 
 
@@ -149,6 +154,23 @@ def test_weights_of_a_run_are_those_of_its_teacher(finished_run, shapes, tmp_pat
     assert model.iteration == 0 and not model.teacher_started
     students = {f"student.{name}": value for name, value in model.student.state_dict().items()}
     assert differences(students, {name: saved[name] for name in students}) != []
+
+
+def test_run_of_another_optimizer_is_not_resumed(finished_run, shapes):
+    message = "its optimizer does not fit SSOD.OPTIMIZER 'AdamW': it is of SGD"
+    with pytest.raises(InputError, match=message):
+        Trainer(tiny_config(shapes, finished_run, "SSOD.OPTIMIZER", "AdamW"), resume=True)
+
+
+def test_weights_of_a_run_in_its_burn_in_are_those_of_its_student(shapes, tmp_path):
+    model = build_model(tiny_config(shapes, tmp_path))
+    with torch.no_grad():
+        model.student.rpn.head.cls_logits.bias.add_(1)
+    save_checkpoint(tmp_path / "burn_in.pth", model, torch.optim.SGD(model.parameters()), "")
+    detector = build_model(tiny_config(shapes, tmp_path, "SEED", 1)).student
+    load_detector_weights(detector, tmp_path / "burn_in.pth")
+    (tmp_path / "burn_in.pth").unlink()
+    assert differences(dict(detector.state_dict()), dict(model.student.state_dict())) == []
 
 
 def test_weights_of_torchvisions_own_model(tmp_path):

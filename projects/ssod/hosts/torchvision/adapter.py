@@ -19,7 +19,7 @@ from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 from torchvision.ops.poolers import initLevelMapper
 
 from ssod.core.interfaces import Features, RegionDetector, Rescore
-from ssod.core.losses import weighted_classification_loss
+from ssod.core.losses import weighted_box_loss, weighted_classification_loss
 from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples, Targets
 
 POOLED_LEVELS = (2, 3, 4, 5)  # log2 of the strides that regions are pooled from
@@ -147,19 +147,16 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
 
     def region_losses(self, output: RegionOutput, samples: RegionSamples) -> dict[str, Tensor]:
         """Weighted version of `roi_heads.fastrcnn_loss`, which has no hook for weights."""
-        loss_cls = weighted_classification_loss(
-            output.logits, samples.probs, samples.weights, self.focal_gamma
-        )
-        foreground = samples.classes < self.num_classes
-        boxes = torch.cat(samples.boxes)
-        # Background rows regress to themselves: finite, and masked out without a host sync.
-        gt_boxes = torch.where(foreground[:, None], samples.gt_boxes, boxes)
-        (target_deltas,) = self.roi_heads.box_coder.encode([gt_boxes], [boxes])
-        column = samples.classes.clamp(max=self.num_classes - 1)
-        deltas = output.deltas[torch.arange(len(column), device=column.device), column]
-        per_region = F.smooth_l1_loss(deltas, target_deltas, beta=SMOOTH_L1_BETA, reduction="none")
-        weighted = per_region.sum(1) * samples.box_weights * foreground
-        return {"loss_cls": loss_cls, "loss_box_reg": weighted.sum() / max(len(weighted), 1)}
+
+        def encode(gt_boxes: Tensor, boxes: Tensor) -> Tensor:
+            return self.roi_heads.box_coder.encode([gt_boxes], [boxes])[0]
+
+        return {
+            "loss_cls": weighted_classification_loss(
+                output.logits, samples.probs, samples.weights, self.focal_gamma
+            ),
+            "loss_box_reg": weighted_box_loss(output, samples, encode, SMOOTH_L1_BETA),
+        }
 
     def decode(self, boxes: Tensor, deltas: Tensor) -> Tensor:
         """Apply (R, K, 4) deltas to (R, 4) boxes."""

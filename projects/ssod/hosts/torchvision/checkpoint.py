@@ -25,10 +25,15 @@ def save_checkpoint(
     Args:
         path: file to write.
         model: student, teacher, filter and iteration.
-        optimizer: its state goes with the model's.
+        optimizer: its state and its name go with the model's.
         config: the resolved config as YAML, for people and for later loading.
     """
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": config}
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "optimizer_name": type(optimizer).__name__,
+        "config": config,
+    }
     partial = Path(f"{path}.partial")
     torch.save(state, partial)
     os.replace(partial, path)
@@ -45,9 +50,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise InputError(f"{path}: checkpoint not found")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
+    # Damaged files make torch raise nearly any of these, some of them without a message.
+    except (
+        RuntimeError,
+        pickle.UnpicklingError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+    ) as error:
+        reason = str(error).partition("\n")[0][:120] or type(error).__name__
         raise InputError(
-            f"{path}: not a checkpoint that can be read ({str(error).splitlines()[0][:120]}); "
+            f"{path}: not a checkpoint that can be read ({reason}); "
             "it may be truncated or of another program"
         ) from error
     if not isinstance(state, dict):
@@ -85,14 +99,16 @@ def load_detector_weights(detector: nn.Module, path: str | Path) -> None:
 
     Args:
         detector: model to fill.
-        path: a checkpoint of a run, of which the teacher is taken, or a plain state dict of the
-            detector such as torchvision's.
+        path: a checkpoint of a run, of which the teacher is taken, or the student if the teacher
+            had not started; or a plain state dict of the detector such as torchvision's.
 
     Raises:
         InputError: as `read_checkpoint` and `load_matching`.
     """
     state = read_checkpoint(path)
     state = state.get("model", state)
-    prefix = "teacher."
-    teacher = {name[len(prefix) :]: v for name, v in state.items() if name.startswith(prefix)}
-    load_matching(detector, teacher or state, path)
+    if "_extra_state" in state:  # of `TeacherStudent`
+        _, teacher_started = state["_extra_state"].tolist()
+        prefix = "teacher." if teacher_started else "student."
+        state = {name[len(prefix) :]: v for name, v in state.items() if name.startswith(prefix)}
+    load_matching(detector, state, path)

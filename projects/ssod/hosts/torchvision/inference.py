@@ -17,7 +17,7 @@ from ssod.data.loader import build_test_loader
 from ssod.evaluation.coco_metrics import detections_to_coco
 
 Found = Detections | PseudoLabels
-IMAGES_PER_BATCH = 8  # results do not depend on it
+IMAGES_PER_BATCH = 8  # images of other sizes in a batch change the padding, and results slightly
 
 
 def _over_images(

@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -20,6 +21,8 @@ from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY
 from ssod.core.structures import TwoStreamBatch
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import RunData, load_run_data
+from ssod.data.datasets import DetectionDataset
+from ssod.data.images import is_readable
 from ssod.data.loader import FailedImages, build_two_stream_loader
 from ssod.errors import InputError
 from ssod.evaluation.coco_metrics import coco_metrics
@@ -51,7 +54,7 @@ def select_device(cfg: CfgNode) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(
             f'MODEL.DEVICE {cfg.MODEL.DEVICE!r} cannot be used here; set it to "auto" or "cpu"'
         ) from error
@@ -61,6 +64,14 @@ def select_device(cfg: CfgNode) -> torch.device:
             "not have; set it to False"
         )
     return device
+
+
+def _flips(cfg: CfgNode) -> bool:
+    if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
+        raise InputError(
+            f'INPUT.RANDOM_FLIP must be "horizontal" or "none", got {cfg.INPUT.RANDOM_FLIP!r}'
+        )
+    return cfg.INPUT.RANDOM_FLIP == "horizontal"
 
 
 def build_model(cfg: CfgNode) -> TeacherStudent:
@@ -121,6 +132,10 @@ class Trainer:
             raise InputError(f"{self.checkpoint}: not a checkpoint of a run; it cannot be resumed")
         load_matching(self.model, state["model"], self.checkpoint)
         try:
+            # Loading another optimizer's state succeeds; its first step would fail.
+            name = state.get("optimizer_name")
+            if name != type(self.optimizer).__name__:
+                raise ValueError(f"it is of {name}")
             self.optimizer.load_state_dict(state["optimizer"])
         except ValueError as error:
             raise InputError(
@@ -140,7 +155,12 @@ class Trainer:
         if start_iter >= max_iter:
             logger.info("nothing left to train: iteration %d of %d", start_iter, max_iter)
             return self.evaluate()
-        self.output.mkdir(parents=True, exist_ok=True)
+        try:
+            self.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"OUTPUT_DIR {self.output} cannot be made: {error.strerror}"
+            ) from error
         (self.output / CONFIG_NAME).write_text(self.cfg.dump())
         log = MetricLog(self.output, start_iter)
         results: dict[str, float] = {}
@@ -167,7 +187,8 @@ class Trainer:
                     self._save()
                 if self._is_due(self.cfg.TEST.EVAL_PERIOD):
                     results = self.evaluate()
-                    log.write(self.model.iteration, results)
+                    if results:
+                        log.write(self.model.iteration, results)
                 previous = time.perf_counter()
         log.close()
         return results
@@ -199,7 +220,7 @@ class Trainer:
             max_iter=cfg.SOLVER.MAX_ITER,
             min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
             max_size=cfg.INPUT.MAX_SIZE_TRAIN,
-            flip=cfg.INPUT.RANDOM_FLIP == "horizontal",
+            flip=_flips(cfg),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             pin_memory=self.device.type == "cuda",
         )
@@ -265,12 +286,20 @@ class Trainer:
             metrics |= {f"{name}/{key}": value for key, value in values.items()}
         return metrics | self._monitor_pseudo_labels()
 
+    @cached_property
+    def _monitored(self) -> DetectionDataset | None:
+        """Some unlabeled images with hidden truth; like training, it tolerates broken ones."""
+        truth = self.data.hidden_truth
+        if truth is None:
+            return None
+        first = (truth[i] for i in range(min(MONITORED_IMAGES, len(truth))))
+        return truth.select([record.image_id for record in first if is_readable(record.file_name)])
+
     def _monitor_pseudo_labels(self) -> dict[str, float]:
         """Compare pseudo-labels with the hidden truth of some unlabeled images."""
-        if self.data.hidden_truth is None or not self.model.teacher_started:
+        images = self._monitored
+        if not images or not self.model.teacher_started:
             return {}
-        ids = self.data.hidden_truth.image_ids[:MONITORED_IMAGES]
-        images = self.data.hidden_truth.select(ids)
         labeled = label_images(self.model, images, self.cfg, self.device)
         quality = pseudo_label_quality(
             [found.boxes for _, found in labeled],

@@ -12,9 +12,14 @@ LOG_NAME = "metrics.json"
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, float]]:
-    """Read the lines of a run's `metrics.json`, each with its `iteration`; empty if none exists."""
+    """
+    Read the lines of a run's `metrics.json`, each with its `iteration`; empty if none exists.
+
+    The end of a line that an interruption cut off is left out.
+    """
     path = Path(output_dir) / LOG_NAME
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    complete = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 class MetricLog:

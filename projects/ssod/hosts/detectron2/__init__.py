@@ -1,0 +1,1 @@
+"""Detectron2 host; importing it registers its classes with Detectron2."""

@@ -1,0 +1,249 @@
+"""
+Detectron2's `GeneralizedRCNN` as a `RegionDetector`.
+
+Shape shorthand: N images, R regions of all images, K foreground classes, D embedding size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
+from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from ssod.core.interfaces import Features, RegionDetector, Rescore
+from ssod.core.losses import weighted_box_loss, weighted_classification_loss
+from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples, Targets
+from ssod.errors import InputError
+
+
+@PROPOSAL_GENERATOR_REGISTRY.register()
+class IgnoringRPN(RPN):
+    """
+    Detectron2's RPN, except that anchors matched to targets of low weight are ignored.
+
+    Args:
+        ignore_weight: anchors of targets with a smaller `gt_weights` are neither object nor
+            background.
+        **kwargs: of `RPN`.
+    """
+
+    @configurable
+    def __init__(self, *, ignore_weight: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.ignore_weight = ignore_weight
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict) -> dict[str, Any]:
+        """Add `SSOD.RPN_IGNORE_WEIGHT` to the arguments of `RPN`."""
+        arguments = super().from_config(cfg, input_shape)
+        return arguments | {"ignore_weight": cfg.SSOD.RPN_IGNORE_WEIGHT}
+
+    def label_and_sample_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Label as `RPN` does, then ignore the positives of targets with a low weight."""
+        labels, matched_boxes = super().label_and_sample_anchors(anchors, gt_instances)
+        for label, matched, target in zip(labels, matched_boxes, gt_instances, strict=True):
+            if len(target):
+                # Matching gives boxes, not rows; a box is ignored if its target is.
+                same = (matched[:, None] == target.gt_boxes.tensor).all(2)
+                ignored = (same & (target.gt_weights < self.ignore_weight)).any(1)
+                label.masked_fill_((label == 1) & ignored, -1)
+        return labels, matched_boxes
+
+
+class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
+    """
+    `GeneralizedRCNN` with an FPN and `StandardROIHeads`, split into `RegionDetector`'s steps.
+
+    In train mode Detectron2's parts log to the current `EventStorage`, which must exist.
+
+    Args:
+        focal_gamma: exponent of the classification loss, 0 for cross entropy.
+        **kwargs: of `GeneralizedRCNN`.
+
+    Raises:
+        InputError: for heads that are not supported, saying which are.
+    """
+
+    @configurable
+    def __init__(self, *, focal_gamma: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        _check_supported(self)
+        self.focal_gamma = focal_gamma
+        self.num_classes = self.roi_heads.num_classes
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """Add `SSOD.FOCAL_GAMMA` to the arguments of `GeneralizedRCNN`."""
+        return super().from_config(cfg) | {"focal_gamma": cfg.SSOD.FOCAL_GAMMA}
+
+    def preprocess(self, images: list[Tensor]) -> ImageBatch:
+        """Order the channels as `INPUT.FORMAT` says, normalise and pad."""
+        if self.input_format == "BGR":
+            images = [image.flip(0) for image in images]
+        batch = self.preprocess_image([{"image": image} for image in images])
+        return ImageBatch(batch.tensor, batch.image_sizes)
+
+    def features(self, batch: ImageBatch) -> Features:
+        """Return the pyramid in fp32: anchors and pooled boxes take the dtype of the features."""
+        return {name: level.float() for name, level in self.backbone(batch.tensor).items()}
+
+    def predict(
+        self, features: Features, batch: ImageBatch, rescore: Rescore | None = None
+    ) -> list[Detections]:
+        """Detect objects with the box predictor's own inference; see the base class."""
+        assert not self.training, (
+            "predict needs eval mode: the RPN proposes differently in training"
+        )
+        boxes, _ = self.propose(features, batch)
+        output = self.score_regions(features, boxes)
+        class_probs = output.logits.softmax(1)
+        if rescore is not None:
+            class_probs = rescore(class_probs, output.embeddings)
+        counts = [len(b) for b in boxes]
+        decoded = self.decode(torch.cat(boxes), output.deltas).flatten(1)
+        # The predictor takes logits, of which the logarithm of probabilities is one version.
+        proposals = [
+            Instances(size, proposal_boxes=Boxes(b))
+            for size, b in zip(batch.sizes, boxes, strict=True)
+        ]
+        logits = class_probs.clamp(min=torch.finfo(class_probs.dtype).tiny).log()
+        results, kept = self.roi_heads.box_predictor.inference(
+            (logits, output.deltas.flatten(1)), proposals
+        )
+        finite = decoded.isfinite().all(1) & class_probs.isfinite().all(1)
+        per_image = zip(
+            results,
+            kept,
+            finite.split(counts),
+            class_probs.split(counts),
+            output.embeddings.split(counts),
+            strict=True,
+        )
+        return [_to_detections(*image) for image in per_image]
+
+    def propose(
+        self, features: Features, batch: ImageBatch, targets: list[Targets] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Run the RPN; see the base class."""
+        instances = targets and [
+            Instances(size, gt_boxes=Boxes(t.boxes), gt_weights=t.weights)
+            for size, t in zip(batch.sizes, targets, strict=True)
+        ]
+        images = ImageList(batch.tensor, batch.sizes)
+        proposals, losses = self.proposal_generator(images, features, instances)
+        return [p.proposal_boxes.tensor for p in proposals], losses
+
+    @torch.no_grad()
+    def sample(self, proposals: list[Tensor], targets: list[Targets]) -> RegionSamples:
+        """Draw regions with `ROIHeads.label_and_sample_proposals`."""
+        # Sampling uses no image size; it carries `gt_*` fields along, here the row of the target.
+        size = (0, 0)
+        pool = [
+            Instances(size, proposal_boxes=Boxes(p), objectness_logits=p.new_zeros(len(p)))
+            for p in proposals
+        ]
+        truth = [
+            Instances(
+                size,
+                gt_boxes=Boxes(t.boxes),
+                gt_classes=t.classes,
+                gt_index=torch.arange(len(t), device=t.boxes.device),
+            )
+            for t in targets
+        ]
+        sampled = self.roi_heads.label_and_sample_proposals(pool, truth)
+        return RegionSamples.from_matches(
+            [s.proposal_boxes.tensor for s in sampled],
+            [s.gt_classes for s in sampled],
+            # An image without boxes has no such field.
+            [s.gt_index if s.has("gt_index") else torch.zeros_like(s.gt_classes) for s in sampled],
+            targets,
+            self.num_classes,
+        )
+
+    def score_regions(
+        self, features: Features, boxes: list[Tensor], stride_shift: int = 0
+    ) -> RegionOutput:
+        """Pool and score regions; see the base class."""
+        heads = self.roi_heads
+        # The canonical level falls by one with each halving of a box, as do strides with the image.
+        scaled = [Boxes(b / 2**stride_shift) for b in boxes]
+        pooled = heads.box_pooler([features[name] for name in heads.box_in_features], scaled)
+        embeddings = heads.box_head(pooled)
+        logits, deltas = heads.box_predictor(embeddings)
+        deltas = deltas.float().reshape(len(deltas), deltas.shape[1] // 4, 4)
+        return RegionOutput(logits.float(), deltas, embeddings.float())
+
+    def region_losses(self, output: RegionOutput, samples: RegionSamples) -> dict[str, Tensor]:
+        """Weighted version of `FastRCNNOutputLayers.losses`, which has no hook for weights."""
+        predictor = self.roi_heads.box_predictor
+
+        def encode(gt_boxes: Tensor, boxes: Tensor) -> Tensor:
+            return predictor.box2box_transform.get_deltas(boxes, gt_boxes)
+
+        losses = {
+            "loss_cls": weighted_classification_loss(
+                output.logits, samples.probs, samples.weights, self.focal_gamma
+            ),
+            "loss_box_reg": weighted_box_loss(output, samples, encode, predictor.smooth_l1_beta),
+        }
+        return {name: loss * predictor.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+
+    def decode(self, boxes: Tensor, deltas: Tensor) -> Tensor:
+        """Apply (R, K or 1, 4) deltas to (R, 4) boxes."""
+        transform = self.roi_heads.box_predictor.box2box_transform
+        return transform.apply_deltas(deltas.flatten(1), boxes).reshape(deltas.shape)
+
+    def new_classifier(self) -> nn.Linear:
+        """Copy the classifier; the background is last already."""
+        source = self.roi_heads.box_predictor.cls_score
+        copy = nn.Linear(source.in_features, source.out_features).to(source.weight)
+        copy.load_state_dict(source.state_dict())
+        return copy
+
+
+def _to_detections(
+    result: Instances, kept: Tensor, finite: Tensor, class_probs: Tensor, embeddings: Tensor
+) -> Detections:
+    # Detectron2 counts kept rows after dropping those that are not finite.
+    rows = finite.argsort(descending=True, stable=True)[kept]
+    return Detections(
+        result.pred_boxes.tensor,
+        result.scores,
+        result.pred_classes,
+        class_probs[rows],
+        embeddings[rows],
+    )
+
+
+def _check_supported(model: GeneralizedRCNN) -> None:
+    heads, rpn = model.roi_heads, model.proposal_generator
+    found = None
+    if type(heads) is not StandardROIHeads:
+        found = f"MODEL.ROI_HEADS.NAME {type(heads).__name__}"
+    elif heads.mask_on or heads.keypoint_on:
+        found = "MODEL.MASK_ON or MODEL.KEYPOINT_ON"
+    elif type(heads.box_predictor) is not FastRCNNOutputLayers:
+        found = f"a box predictor of type {type(heads.box_predictor).__name__}"
+    elif heads.box_predictor.use_sigmoid_ce:
+        found = "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE"
+    elif heads.box_predictor.box_reg_loss_type != "smooth_l1":
+        found = f"MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE {heads.box_predictor.box_reg_loss_type}"
+    elif heads.train_on_pred_boxes:
+        found = "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES"
+    elif not isinstance(rpn, IgnoringRPN):
+        found = f"MODEL.PROPOSAL_GENERATOR.NAME {type(rpn).__name__}"
+    if found:
+        raise InputError(
+            f"{found} is not supported; supported are an FPN backbone, IgnoringRPN as proposal "
+            "generator, and StandardROIHeads with a box head only (no masks, keypoints, cascade or "
+            "C4), softmax classification and smooth L1 box loss"
+        )

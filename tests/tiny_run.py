@@ -19,6 +19,7 @@ LOG_PERIOD = 2  # in place of the loop's own, which is longer than the run
 OPTIONS = {
     "MODEL.DEVICE": "cpu",
     "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
     "MODEL.RESNETS.NORM": "BN",
     "MODEL.FPN.OUT_CHANNELS": 16,
     "MODEL.ANCHOR_GENERATOR.SIZES": [[8], [16], [24], [32], [48]],

@@ -18,6 +18,7 @@ from fvcore.common.config import CfgNode
 
 from ssod.errors import InputError
 
+_NOT_EMPTY = ("INPUT.MIN_SIZE_TRAIN", "MODEL.RPN.IOU_THRESHOLDS", "MODEL.ROI_HEADS.IOU_THRESHOLDS")
 _RANGES = {  # of keys that nothing else checks before training
     "SEED": (0, 2**63),
     "SSOD.FOCAL_GAMMA": (0, 10),
@@ -26,6 +27,12 @@ _RANGES = {  # of keys that nothing else checks before training
     "SOLVER.MAX_ITER": (1, 2**63),
     "SOLVER.BASE_LR": (0, 1e3),
     "SOLVER.MOMENTUM": (0, 1),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": (0, 2**63),
+    "INPUT.MAX_SIZE_TRAIN": (1, 2**31),
+    "INPUT.MIN_SIZE_TEST": (1, 2**31),
+    "INPUT.MAX_SIZE_TEST": (1, 2**31),
+    "MODEL.ROI_HEADS.NUM_CLASSES": (1, 2**31),
+    "MODEL.FPN.OUT_CHANNELS": (1, 2**31),
     "DATALOADER.NUM_WORKERS": (0, 1024),
 }
 
@@ -68,7 +75,7 @@ def add_ssod_config(cfg: CfgNode) -> None:
     # Percent of the labeled JSON to keep labels of, in (0, 100); the rest joins the unlabeled
     # images. 0: no split, all of it is labeled.
     data.PERCENT = 0.0
-    # Seed of that split; a published "fold" is a seed.
+    # Seed of that split.
     data.SPLIT_SEED = 0
     # Folder of unlabeled images; with a JSON only the images it lists. "": none besides the split.
     data.UNLABELED_JSON = ""
@@ -97,6 +104,8 @@ def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _coerce(default: Any, value: Any) -> Any:
     """Return the value in the type of the default; raise TypeError if it has another."""
+    if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
+        return type(default)(_coerce(default[0], item) for item in value)
     if isinstance(default, str) or type(value) is type(default):
         if type(value) is type(default):
             return value
@@ -105,8 +114,6 @@ def _coerce(default: Any, value: Any) -> Any:
         return _coerce(default, ast.literal_eval(value))
     elif isinstance(default, float) and type(value) is int:
         return float(value)
-    elif isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
-        return type(default)(value)
     raise TypeError
 
 
@@ -126,6 +133,8 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     if key in _RANGES and not _RANGES[key][0] <= value <= _RANGES[key][1]:
         low, high = _RANGES[key]
         raise InputError(f"{source}: {key} must be in [{low}, {high}], got {value}")
+    if key in _NOT_EMPTY and not value:
+        raise InputError(f"{source}: {key} must not be empty")
     *groups, name = key.split(".")
     functools.reduce(getattr, groups, cfg)[name] = value
 

@@ -106,9 +106,9 @@ def output(tmp_path_factory):
 def quickstart(output):
     """Run the quickstart with few images and iterations; returns status and stdout."""
 
-    def run(*overrides):
+    def run(*overrides, images=FEW_IMAGES):
         printed = io.StringIO()
-        args = ["--config-file", "", "--output", str(output), *FEW_IMAGES, *SHORT, *overrides]
+        args = ["--config-file", "", "--output", str(output), *images, *SHORT, *overrides]
         with contextlib.redirect_stdout(printed):
             status = main(["quickstart", *args])
         return status, printed.getvalue()
@@ -183,6 +183,14 @@ def test_quickstart_with_another_config_in_the_same_folder_is_refused(finished, 
     written = str(output / "burn_in" / "config.yaml")
     _assert_one_line_error(capsys.readouterr(), status, written, "another config")
     assert (output / "results.json").read_text() == results
+
+
+def test_quickstart_on_another_set_in_the_same_folder_is_refused(finished, quickstart, capsys):
+    *_, output = finished
+    before = sorted((path, path.stat().st_mtime_ns) for path in output.rglob("*.jpg"))
+    status, _ = quickstart(images=[*FEW_IMAGES, "--max-objects", "2"])
+    _assert_one_line_error(capsys.readouterr(), status, str(output), "another Shapes set")
+    assert sorted((path, path.stat().st_mtime_ns) for path in output.rglob("*.jpg")) == before
 
 
 @pytest.mark.parametrize(

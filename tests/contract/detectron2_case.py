@@ -94,3 +94,13 @@ def host_inference(detector, batch):
 def shifted_pyramid(features):
     """Return P3, P4, P5 under the names of P2, P3, P4 (the coarsest level stays in its place)."""
     return {"p2": features["p3"], "p3": features["p4"], "p4": features["p5"], "p5": features["p5"]}
+
+
+def rpn_head(detector):
+    """Return the module whose first output is the objectness of each level."""
+    return detector.proposal_generator.rpn_head
+
+
+def sample_every_anchor(detector):
+    """Make the RPN learn every anchor that is not ignored."""
+    detector.proposal_generator.batch_size_per_image = 10**6

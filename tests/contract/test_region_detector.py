@@ -127,33 +127,37 @@ def test_soft_labels_reach_the_classification_loss(detector):
     torch.testing.assert_close(output.losses["loss_cls"], rows.mean())
 
 
-def test_rpn_ignores_boxes_of_low_weight_instead_of_calling_them_background(detector):
+def test_rpn_ignores_boxes_of_low_weight_instead_of_calling_them_background(case, detector):
     batch = detector.preprocess(_images((64, 64)))
     features = detector.features(batch)
+    head = case.rpn_head(detector)
+    logits: list = []
+    handle = head.register_forward_hook(lambda module, inputs, outputs: logits.append(outputs[0]))
 
-    def objectness_gradient(targets):
-        torch.manual_seed(3)
-        (gradient,) = torch.autograd.grad(
-            detector.propose(features, batch, targets)[1]["loss_rpn_cls"],
-            detector_bias(detector),
-        )
-        return gradient
+    def gradient_signs(targets):
+        logits.clear()
+        case.sample_every_anchor(detector)
+        loss = detector.propose(features, batch, targets)[1]["loss_rpn_cls"]
+        gradients = torch.autograd.grad(loss, logits[0])
+        return torch.cat([g.flatten() for g in gradients]).sign()
 
-    def detector_bias(module):
-        return [p for name, p in module.named_parameters() if _is_objectness_bias(name)]
+    trusted = gradient_signs(_targets(ONE_BOX))
+    ignored = gradient_signs(_targets(ONE_BOX, weight=0.0))
+    handle.remove()
+    # The loss pulls objects up (a negative gradient) and pushes background down.
+    objects = trusted < 0
+    assert objects.any()
+    assert (ignored[objects] == 0).all()
+    assert torch.equal(ignored[~objects], trusted[~objects])
 
-    trusted = objectness_gradient(_targets(ONE_BOX))
-    ignored = objectness_gradient(_targets(ONE_BOX, weight=0.0))
-    assert not torch.equal(trusted, ignored)
-    # Positives pull the bias up; without them every sampled anchor pushes it down.
-    assert (ignored >= 0).all()
 
-
-def _is_objectness_bias(name):
-    return name in (
-        "rpn.head.cls_logits.bias",
-        "proposal_generator.rpn_head.objectness_logits.bias",
-    )
+def test_focal_gamma_reaches_the_classification_loss(detector):
+    plain = _losses(detector, _targets(TWO_BOXES, ONE_BOX))
+    detector.focal_gamma = 1.5
+    focal = _losses(detector, _targets(TWO_BOXES, ONE_BOX)).losses["loss_cls"]
+    cross_entropy = F.cross_entropy(plain.regions.logits, plain.samples.classes, reduction="none")
+    expected = ((1 - (-cross_entropy).exp()) ** 1.5 * cross_entropy).mean()
+    torch.testing.assert_close(focal, expected)
 
 
 @pytest.mark.parametrize("rows", [(TWO_BOXES, NO_BOX), (NO_BOX, NO_BOX)])

@@ -16,6 +16,7 @@ NUM_CLASSES = 3
 CHANNELS = (0, 1, 2)  # of RGB, in the model's order
 OVERRIDES = {
     "MODEL.RESNETS.DEPTH": 18,
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
     "MODEL.RESNETS.NORM": "GN",  # no batch statistics: two calls give the same output
     "MODEL.FPN.OUT_CHANNELS": 16,
     "MODEL.ROI_HEADS.NUM_CLASSES": NUM_CLASSES,
@@ -88,3 +89,14 @@ def host_inference(detector, batch):
 def shifted_pyramid(features):
     """Return P3, P4, P5 under the names of P2, P3, P4 (the coarsest level stays in its place)."""
     return {"0": features["1"], "1": features["2"], "2": features["3"], "3": features["3"]}
+
+
+def rpn_head(detector):
+    """Return the module whose first output is the objectness of each level."""
+    return detector.rpn.head
+
+
+def sample_every_anchor(detector):
+    """Make the RPN learn every anchor that is not ignored."""
+    detector.rpn.fg_bg_sampler.batch_size_per_image = 10**6
+    detector.rpn.fg_bg_sampler.positive_fraction = 0.5

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssod.core.losses import weighted_classification_loss
+from ssod.core.losses import weighted_box_loss, weighted_classification_loss
+from ssod.core.structures import RegionOutput, RegionSamples
 
 GAMMAS = [0.0, 0.5, 1.5, 2.0]
 
@@ -139,3 +140,67 @@ def test_a_broken_logit_is_not_hidden(gamma):
 def test_negative_gamma_is_refused():
     with pytest.raises(ValueError, match="gamma must be at least 0, got -0.5"):
         weighted_classification_loss(*_inputs(2), gamma=-0.5)
+
+
+def _regions(num_regions, num_deltas, seed=0):
+    """Head outputs and samples of `num_regions` regions, a third of them background; K = 3."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def rand(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+    corners = 20 * rand(num_regions, 2)
+    boxes = torch.cat([corners, corners + 1 + 10 * rand(num_regions, 2)], 1)
+    deltas = rand(num_regions, num_deltas, 4).requires_grad_()
+    output = RegionOutput(rand(num_regions, 4), deltas, rand(num_regions, 2))
+    samples = RegionSamples(
+        boxes=[boxes],
+        classes=torch.arange(num_regions) % 4,
+        matched=torch.zeros(num_regions, dtype=torch.int64),
+        gt_boxes=boxes + rand(num_regions, 4),
+        weights=rand(num_regions),
+        box_weights=rand(num_regions),
+        probs=rand(num_regions, 4),
+    )
+    return output, samples
+
+
+def _encode(gt_boxes, boxes):
+    """Shift relative to the box's size and log of the ratio of sizes: poles for empty boxes."""
+    size, gt_size = boxes[:, 2:] - boxes[:, :2], gt_boxes[:, 2:] - gt_boxes[:, :2]
+    assert (size > 0).all(), "hosts' encoders refuse empty boxes"
+    return torch.cat([(gt_boxes[:, :2] - boxes[:, :2]) / size, (gt_size / size).log()], 1)
+
+
+@pytest.mark.parametrize("num_deltas", [1, 3])
+@pytest.mark.parametrize("beta", [0.0, 1 / 9])
+@pytest.mark.parametrize("num_regions", [1, 4, 11])
+def test_box_loss_matches_loop_reference(num_regions, beta, num_deltas):
+    output, samples = _regions(num_regions, num_deltas)
+    expected = 0.0
+    targets = _encode(samples.gt_boxes, samples.boxes[0])
+    for row, label in enumerate(samples.classes.tolist()):
+        if label < 3:
+            difference = output.deltas[row, label if num_deltas > 1 else 0] - targets[row]
+            for d in difference.abs().tolist():
+                loss = d - beta / 2 if d >= beta else d**2 / (2 * beta)
+                expected += samples.box_weights[row].item() * loss / num_regions
+    actual = weighted_box_loss(output, samples, _encode, beta)
+    assert actual.item() == pytest.approx(expected)
+
+
+def test_box_loss_of_background_alone_is_zero_even_for_empty_boxes():
+    output, samples = _regions(6, 3)
+    samples.classes = torch.full((6,), 3)
+    samples.boxes[0][:, 2:] = samples.boxes[0][:, :2]
+    samples.gt_boxes.zero_()
+    loss = weighted_box_loss(output, samples, _encode, 0.0)
+    (gradient,) = torch.autograd.grad(loss, output.deltas)
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
+def test_box_loss_without_regions_is_a_connected_zero():
+    loss = weighted_box_loss(*_regions(0, 3), _encode, 0.0)
+    assert loss == 0
+    loss.backward()

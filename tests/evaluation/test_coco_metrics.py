@@ -160,3 +160,29 @@ def test_detections_to_coco():
         _prediction(3, 2, [0.0, 0.0, 1.5, 1.0], 0.25),
     ]
     assert detections_to_coco(3, torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), []) == []
+
+
+def _with_byte_order_mark(truth, tmp_path):
+    path = tmp_path / "truth.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(truth).encode())
+    return path
+
+
+@pytest.mark.parametrize("change", ["no area", "null iscrowd", "names as ids", "mixed ids", "BOM"])
+def test_files_of_other_tools_give_the_same(evaluator, change, tmp_path):
+    boxes = [(1, 2, [10, 10, 50, 40]), (2, 7, [5, 5, 20, 20]), (3, 7, [5, 5, 120, 120])]
+    truth, found = _truth(*boxes), [_prediction(*box, 0.9) for box in boxes[:2]]
+    expected = coco_metrics(truth, found)
+    for annotation in truth["annotations"]:
+        if change == "no area":
+            del annotation["area"]
+        elif change == "null iscrowd":
+            annotation["iscrowd"] = None
+    names = {"names as ids": {1: "a", 2: "b", 3: "c"}, "mixed ids": {2: "b"}}.get(change, {})
+    for entry, key in [(i, "id") for i in truth["images"]] + [
+        (entry, "image_id") for entry in truth["annotations"] + found
+    ]:
+        entry[key] = names.get(entry[key], entry[key])
+    if change == "BOM":
+        truth = _with_byte_order_mark(truth, tmp_path)
+    assert coco_metrics(truth, found) == pytest.approx(expected, nan_ok=True)

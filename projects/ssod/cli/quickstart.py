@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -123,6 +124,7 @@ def run_experiment(config: str, opts: Sequence[str], output: Path, spec: ShapesS
             f"the quickstart needs SSOD.BURN_IN_ITERS between 0 and SOLVER.MAX_ITER "
             f"{cfg.SOLVER.MAX_ITER}, got {burn_in_iters}"
         )
+    _check_spec(output, spec)
     make_shapes(shapes, spec)
     no_unlabeled = ("SSOD.UNSUP_LOSS_WEIGHT", 0)
     _train(configure("burn_in", "SOLVER.MAX_ITER", burn_in_iters, *no_unlabeled), "1/3 burn-in")
@@ -143,6 +145,19 @@ def run_experiment(config: str, opts: Sequence[str], output: Path, spec: ShapesS
     (output / "results.json").write_text(json.dumps(rows, indent=1))
     _draw(output, trainer, rows)
     return rows
+
+
+def _check_spec(output: Path, spec: ShapesSpec) -> None:
+    """Refuse to continue runs on other images."""
+    written = output / "shapes.json"
+    text = json.dumps(asdict(spec))
+    if written.exists() and written.read_text() != text:
+        raise InputError(
+            f"{output} holds a quickstart on another Shapes set {written.read_text()}; remove it "
+            "or choose another --output"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    written.write_text(text)
 
 
 def summarize(tables: list[list[Row]]) -> list[Row]:

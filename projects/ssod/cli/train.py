@@ -55,6 +55,11 @@ def train_torchvision(args: argparse.Namespace) -> None:
         raise InputError(
             f"--eval-only found neither {trainer.checkpoint} nor MODEL.WEIGHTS; name one of them"
         )
+    if args.eval_only and not args.resume and cfg.MODEL.WEIGHTS and trainer.checkpoint.exists():
+        raise InputError(
+            f"--eval-only found both MODEL.WEIGHTS and {trainer.checkpoint}; add --resume to "
+            "evaluate the latter, or choose another OUTPUT_DIR"
+        )
     if args.eval_only and trainer.data.val is None:
         raise InputError("--eval-only needs a validation set; set SSOD.DATA.VAL_JSON")
     results = trainer.evaluate() if args.eval_only else trainer.train()

@@ -41,13 +41,12 @@ def update_ema(teacher: nn.Module, student: nn.Module, decay: float) -> None:
             f"decay must be in [0, 1), got {decay}. It is the share of the teacher kept at each "
             "update, typically 0.99 to 0.9999."
         )
-    averaged, current = _paired_state(teacher, student)
-    floating = [(a, c) for a, c in zip(averaged, current, strict=True) if a.is_floating_point()]
-    if decay == 0:  # `lerp` with weight 1 is not exact for every value
-        floating = []
-    else:
-        torch._foreach_lerp_([a for a, _ in floating], [c for _, c in floating], 1 - decay)
-    done = {id(a) for a, _ in floating}
-    for a, c in zip(averaged, current, strict=True):
-        if id(a) not in done:
-            a.copy_(c)
+    pairs = list(zip(*_paired_state(teacher, student), strict=True))
+    # `lerp` with weight 1 is not exact for every value, so decay 0 copies.
+    floating = [pair for pair in pairs if decay > 0 and pair[0].is_floating_point()]
+    if floating:
+        averaged, current = zip(*floating, strict=True)
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+    for own, new in pairs:
+        if decay == 0 or not own.is_floating_point():
+            own.copy_(new)

@@ -71,8 +71,12 @@ def weighted_box_loss(
     """
     boxes = torch.cat(samples.boxes)
     foreground = samples.classes < output.logits.shape[1] - 1
-    # Background regresses to itself: finite, and masked out without a host sync.
-    deltas_to = encode(torch.where(foreground[:, None], samples.gt_boxes, boxes), boxes)
+    # Background rows get any valid pair of boxes: finite, and masked out without a host sync.
+    unit = torch.tensor([0.0, 0.0, 1.0, 1.0], device=boxes.device, dtype=boxes.dtype)
+    deltas_to = encode(
+        torch.where(foreground[:, None], samples.gt_boxes, unit),
+        torch.where(foreground[:, None], boxes, unit),
+    )
     column = samples.classes.clamp(max=output.deltas.shape[1] - 1)
     deltas = output.deltas[torch.arange(len(column), device=column.device), column]
     loss = F.smooth_l1_loss(deltas, deltas_to, beta=beta, reduction="none").sum(1)

@@ -87,6 +87,7 @@ def load_run_data(cfg: CfgNode) -> RunData:
     val = None
     if data.VAL_JSON:
         val = read_coco(data.VAL_JSON, data.VAL_IMAGES, skip_invalid_boxes=True)
+        check_disjoint(labeled, val, "for validation")
     for path, other in ((data.VAL_JSON, val), (data.UNLABELED_TRUTH_JSON, hidden_truth)):
         if other and (other.category_ids, other.class_names) != (
             labeled.category_ids,

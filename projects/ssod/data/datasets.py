@@ -77,18 +77,20 @@ def _find_images(root: str) -> Iterator[str]:
                 yield os.path.join(folder, name)
 
 
-def check_disjoint(labeled: DetectionDataset, unlabeled: DetectionDataset) -> None:
+def check_disjoint(
+    labeled: DetectionDataset, other: DetectionDataset, other_name: str = "unlabeled"
+) -> None:
     """
     Make sure that no image file, links resolved, is in both sets.
 
     Raises:
-        InputError: naming an example. Labels of such an image would leak into the unlabeled set.
+        InputError: naming an example. Labels of such an image would leak into the other set.
     """
-    shared = _real_files(labeled) & _real_files(unlabeled)
+    shared = _real_files(labeled) & _real_files(other)
     if shared:
         raise InputError(
-            f"{len(shared)} image files are both labeled and unlabeled, among them {min(shared)}: "
-            "remove them from one of the two sets"
+            f"{len(shared)} image files are both labeled and {other_name}, among them "
+            f"{min(shared)}: remove them from one of the two sets"
         )
 
 

@@ -40,13 +40,15 @@ def build_two_stream_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
+    labeled_strong: bool = True,
 ) -> DataLoader:
     """
     Return the loader of the `TwoStreamBatch` of each iteration of a training.
 
     Before `burn_in_iters` no unlabeled image is decoded and `unlabeled` of the batches is None.
     Labeled images without boxes are used, with M = 0 targets. Batch sizes are those of all ranks;
-    for the arguments see `TwoStreamSampler` and `make_views`.
+    for the arguments see `TwoStreamSampler` and `make_views`. Without `labeled_strong` labeled
+    images have their weak view in both places, which saves the augmentation.
 
     Raises:
         InputError: for batch sizes that do not fit `world_size` and empty sets. While iterating:
@@ -66,7 +68,13 @@ def build_two_stream_loader(
         world_size=world_size,
     )
     dataset = TwoStreamDataset(
-        labeled, unlabeled, seed=seed, min_sizes=min_sizes, max_size=max_size, flip=flip
+        labeled,
+        unlabeled,
+        seed=seed,
+        min_sizes=min_sizes,
+        max_size=max_size,
+        flip=flip,
+        labeled_strong=labeled_strong,
     )
     return _Loader(
         dataset,

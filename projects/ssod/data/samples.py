@@ -65,7 +65,9 @@ class TwoStreamDataset(Dataset):
         min_sizes: Sequence[int],
         max_size: int,
         flip: bool,
+        labeled_strong: bool = True,
     ):
+        self._labeled_strong = labeled_strong
         self._datasets = (labeled, unlabeled)
         self._seed = seed
         self._view_args = {"min_sizes": min_sizes, "max_size": max_size, "flip": flip}
@@ -96,7 +98,13 @@ class TwoStreamDataset(Dataset):
         if stream == LABELED:
             _check_size(record, image)
         rng = np.random.default_rng((self._seed, stream, n))
-        weak, strong, boxes = make_views(image, record.boxes, rng=rng, **self._view_args)
+        weak, strong, boxes = make_views(
+            image,
+            record.boxes,
+            rng=rng,
+            with_strong=stream != LABELED or self._labeled_strong,
+            **self._view_args,
+        )
         classes = torch.from_numpy(record.classes)
         return TrainingSample(stream, weak, strong, boxes, classes, record.image_id, failed)
 

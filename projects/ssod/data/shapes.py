@@ -44,12 +44,12 @@ class ShapesSpec:
         InputError: if a value is too small.
     """
 
-    num_labeled: int = 32
+    num_labeled: int = 24
     num_unlabeled: int = 512
     num_val: int = 300
     image_size: int = 160
     seed: int = 0
-    max_objects: int = 5
+    max_objects: int = 4
 
     def __post_init__(self) -> None:
         smallest = {"image_size": 64, "seed": 0}

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring")
 
 _CLASS_WEIGHTS = np.geomspace(8, 1, len(CLASS_NAMES))
-_HUE_JITTER = 0.06  # bands are 1/6 apart; augmentation shifts the hue by up to 0.1 more
+_HUE_JITTER = 0.05  # bands are 1/6 apart; augmentation shifts the hue by up to 0.1 more
 _MIN_VISIBLE = 0.6  # of the whole shape, counting what other shapes and the image border hide
 _SUPERSAMPLE = 3
 
@@ -51,7 +51,7 @@ def draw_scene(rng: np.random.Generator, image_size: int, max_objects: int) -> S
     long, short = image_size, round(image_size * rng.uniform(0.7, 0.95))
     size = (long, short) if rng.random() < 0.5 else (short, long)
     canvas = _background(rng, *size)
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 3)):
         _draw_distractor(rng, canvas)
 
     wanted = rng.integers(1, max_objects + 1)

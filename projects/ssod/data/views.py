@@ -42,6 +42,7 @@ def make_views(
     min_sizes: Sequence[int],
     max_size: int,
     flip: bool,
+    with_strong: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """
     Make two views of one geometry: resized and maybe flipped, then the same with strong colours.
@@ -53,6 +54,7 @@ def make_views(
         min_sizes: the shorter side of the views is one of these, in pixels.
         max_size: bound on the longer side.
         flip: whether half of the images are flipped horizontally.
+        with_strong: whether the strong view is wanted; if not, the weak one stands in for it.
 
     Returns:
         weak and strong view, (3, h, w) uint8, and the (M, 4) boxes in pixels of both.
@@ -62,7 +64,7 @@ def make_views(
     if flip and rng.random() < 0.5:
         weak = np.ascontiguousarray(weak[:, ::-1])
         matrix = view_matrix(1.0, 1.0, flip_width=weak.shape[1]) @ matrix
-    strong = strong_augment(weak, rng)
+    strong = strong_augment(weak, rng) if with_strong else weak
     return _to_tensor(weak), _to_tensor(strong), map_boxes(torch.from_numpy(boxes), matrix)
 
 

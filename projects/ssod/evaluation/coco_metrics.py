@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def coco_metrics(
     numbers. Nothing is printed and the arguments are not changed.
 
     Args:
-        truth: COCO ground truth, or the path of its JSON file. `iscrowd` is 0 where missing.
+        truth: COCO ground truth, or the path of its JSON file. Where they are missing `iscrowd` is
+            0 and `area` that of the box.
         predictions: COCO results with `image_id`, `category_id`, `bbox` (XYWH pixels), `score`.
 
     Returns:
@@ -60,7 +61,7 @@ def coco_metrics(
         ValueError: if a prediction names an image or a category that `truth` does not have.
     """
     if not isinstance(truth, dict):
-        truth = json.loads(Path(truth).read_text(encoding="utf-8"))
+        truth = json.loads(Path(truth).read_bytes())
     for key, known in (("image_id", "images"), ("category_id", "categories")):
         unknown = {p[key] for p in predictions} - {entry["id"] for entry in truth[known]}
         if unknown:
@@ -68,14 +69,24 @@ def coco_metrics(
                 f"Predictions must be of the {known} in the ground truth, "
                 f"which lacks {key} {sorted(unknown)[:5]}"
             )
-    # Renumbered: the evaluators take a match with annotation id 0 for none.
-    objects = [
-        {"iscrowd": 0, **a, "id": n} for n, a in enumerate(truth.get("annotations", []), start=1)
-    ]
-    found = [
-        {**p, "id": n, "area": p["bbox"][2] * p["bbox"][3], "iscrowd": 0}
-        for n, p in enumerate(predictions, start=1)
-    ]
+    # Renumbered: the evaluators take a match with annotation id 0 for none, and one of them takes
+    # whole numbers only as ids of images.
+    image_numbers = {image["id"]: n for n, image in enumerate(truth["images"], start=1)}
+    truth = {**truth, "images": [{**i, "id": image_numbers[i["id"]]} for i in truth["images"]]}
+
+    def entries(annotations: Iterable[dict]) -> list[dict]:
+        return [
+            {
+                **a,
+                "id": n,
+                "image_id": image_numbers[a["image_id"]],
+                "area": a.get("area", a["bbox"][2] * a["bbox"][3]),
+                "iscrowd": a.get("iscrowd") or 0,
+            }
+            for n, a in enumerate(annotations, start=1)
+        ]
+
+    objects, found = entries(truth.get("annotations", [])), entries(predictions)
     with contextlib.redirect_stdout(io.StringIO()):
         precision, recall = _evaluate(truth, objects, found)
     # precision: (IoU, recall level, category, size band, most detections); recall without levels.

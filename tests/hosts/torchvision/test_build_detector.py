@@ -23,6 +23,8 @@ def _num_parameters(model):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("MODEL.RESNETS.RES2_OUT_CHANNELS", 256, "of R-18 must be a multiple of 1 up to 64"),
+        ("MODEL.FPN.NORM", "GN", "MODEL.FPN.NORM GN needs channels in multiples of 32, got 16"),
         ("MODEL.RESNETS.DEPTH", 101, r"DEPTH must be one of \[18, 34, 50\], got 101"),
         ("MODEL.RESNETS.NORM", "SyncBN", r"RESNETS.NORM must be one of .*'GN'.*, got 'SyncBN'"),
         ("MODEL.RESNETS.NORM", "", r"RESNETS.NORM must be one of .*, got ''"),
@@ -41,7 +43,7 @@ def test_value_that_is_not_supported_is_refused(key, value, message):
 def test_norm_of_the_backbone(norm, layer):
     body = build_backbone(_config("MODEL.RESNETS.NORM", norm)).body
     layers = [module for module in body.modules() if isinstance(module, NORM_LAYERS)]
-    assert len(layers) == 20  # of a ResNet-18: two a block, the stem's and three shortcuts'
+    assert len(layers) == 21  # of a narrow R-18: two a block, the stem's and four shortcuts'
     assert {type(module) for module in layers} == {layer}
     learns = [p.requires_grad for module in layers for p in module.parameters()]
     assert all(learns) and bool(learns) == (norm != "FrozenBN")
@@ -55,7 +57,7 @@ def test_norm_of_the_pyramid(norm, count):
 
 def test_channels_of_the_pyramid_change_the_layers_that_see_them():
     def expected(channels):
-        lateral = (64 + 128 + 256 + 512) * channels + 4 * channels
+        lateral = (32 + 64 + 128 + 256) * channels + 4 * channels
         smooth = 4 * (9 * channels**2 + channels)
         rpn_head = 9 * channels**2 + channels + 3 * (1 + 4) * (channels + 1)
         return lateral + smooth + rpn_head + 49 * channels * 32
@@ -67,7 +69,8 @@ def test_channels_of_the_pyramid_change_the_layers_that_see_them():
 
 
 def test_resnet_50_is_built_with_its_wider_stages():
-    detector = build_detector(_config("MODEL.RESNETS.DEPTH", 50))
+    cfg = _config("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.RES2_OUT_CHANNELS", 256)
+    detector = build_detector(cfg)
     lateral = [block[0].in_channels for block in detector.backbone.fpn.inner_blocks]
     assert lateral == [256, 512, 1024, 2048]
 

@@ -4,10 +4,13 @@ import shutil
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from contract import torchvision_case
+from ssod.config import merge_config
 from ssod.errors import InputError
+from ssod.hosts.torchvision.build import build_detector
 from ssod.hosts.torchvision.checkpoint import (
     CHECKPOINT_NAME,
     load_detector_weights,
@@ -15,6 +18,7 @@ from ssod.hosts.torchvision.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from ssod.hosts.torchvision.config import get_config
 from ssod.hosts.torchvision.loop import Trainer, build_model
 from tiny_run import differences, read_state, tiny_config
 
@@ -117,7 +121,7 @@ def test_first_mismatch_is_named_and_nothing_is_loaded(model, change, message):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("MODEL.FPN.OUT_CHANNELS", 8, r"fpn.inner_blocks.0.0.weight has shape \(16, 64, 1, 1\)"),
+        ("MODEL.FPN.OUT_CHANNELS", 8, r"fpn.inner_blocks.0.0.weight has shape \(16, 32, 1, 1\)"),
         ("MODEL.RESNETS.DEPTH", 34, "student.backbone.body.layer1.2.conv1.weight is missing"),
         ("MODEL.RESNETS.NORM", "GN", "student.backbone.body.bn1.running_mean is not part"),
     ],
@@ -183,15 +187,35 @@ def test_weights_of_torchvisions_own_model(tmp_path):
     assert differences(dict(detector.state_dict()), dict(source.state_dict())) == []
 
 
-def test_weights_for_other_classes_are_refused(finished_run):
-    detector = torchvision_case.build()  # of three classes
-    message = r"mismatches\): roi_heads.box_predictor.cls_score.weight has shape \(7, 32\)"
-    state = read_state(finished_run)["model"]
-    path = finished_run.parent / "classes.pth"
-    # Its other layers taken from the detector, so that only the classes differ.
-    own = dict(detector.state_dict())
-    prefix = "teacher.roi_heads.box_predictor."
-    torch.save(own | {n[8:]: v for n, v in state.items() if n.startswith(prefix)}, path)
-    with pytest.raises(InputError, match=message):
-        load_detector_weights(detector, path)
-    path.unlink()
+def test_weights_for_other_classes_fill_all_but_the_box_predictor(caplog, tmp_path):
+    source, detector = torchvision_case.build(), torchvision_case.build()
+    state = dict(source.state_dict())
+    prefix = "roi_heads.box_predictor."
+    for name in [n for n in state if n.startswith(prefix)]:
+        state[name] = torch.cat([state[name]] * 2)
+    initial = {n: v.clone() for n, v in detector.state_dict().items() if n.startswith(prefix)}
+    torch.save(state, tmp_path / "classes.pth")
+    with caplog.at_level("INFO"):
+        load_detector_weights(detector, tmp_path / "classes.pth")
+    expected = dict(source.state_dict()) | initial
+    assert differences(dict(detector.state_dict()), expected) == []
+    assert "box predictor is for other classes" in caplog.text
+
+
+@pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
+def test_weights_of_a_resnet_fill_the_body_of_the_backbone(norm, tmp_path):
+    torch.manual_seed(0)
+    resnet = torchvision.models.resnet18(weights=None)
+    torch.save(resnet.state_dict(), tmp_path / "resnet.pth")
+    keys = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
+    cfg = merge_config(get_config(), "", [*keys, "MODEL.RESNETS.NORM", norm])
+    detector = build_detector(cfg)
+    load_detector_weights(detector, tmp_path / "resnet.pth")
+    for name, value in detector.backbone.body.state_dict().items():
+        assert torch.equal(value, resnet.state_dict()[name]), name
+
+
+def test_weights_of_another_resnet_are_refused(tmp_path):
+    torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "resnet.pth")
+    with pytest.raises(InputError, match="another architecture .*layer1"):
+        load_detector_weights(torchvision_case.build(), tmp_path / "resnet.pth")

@@ -1,3 +1,4 @@
+import json
 import logging
 import shutil
 
@@ -14,6 +15,7 @@ from ssod.hosts.torchvision.metric_log import LOG_NAME, MetricLog, read_metrics
 from ssod.hosts.torchvision.solver import learning_rate
 from tiny_run import (
     BURN_IN_ITERS,
+    EVAL_PERIOD,
     MAX_ITER,
     differences,
     read_lines,
@@ -272,3 +274,52 @@ def test_initial_weights_depend_on_the_seed_alone(shapes, tmp_path):
         states.append(dict(model.state_dict()))
     assert differences(states[0], states[1]) == []
     assert differences(states[0], states[2]) != []
+
+
+def test_evaluation_that_an_interruption_cut_off_is_made_up_for(finished_run, shapes, output):
+    expected = read_lines(finished_run)[-1]
+    shutil.copytree(finished_run, output)
+    path = output / LOG_NAME
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    written = (finished_run / CONFIG_NAME).read_text()
+    val = next(line for line in written.splitlines() if "VAL_JSON" in line).split(": ")[1]
+    train(tiny_config(shapes, output, "SSOD.DATA.VAL_JSON", val), resume=True)
+    assert differences(read_lines(output)[-1], expected) == []
+
+
+def test_broken_validation_image_costs_no_training(shapes, output, tmp_path):
+    truth = json.loads((shapes / "annotations" / "val.json").read_text())
+    images = shutil.copytree(shapes / "images", tmp_path / "images")
+    (images / truth["images"][0]["file_name"]).write_bytes(b"no image")
+    overrides = ("SSOD.DATA.VAL_IMAGES", images, *SUPERVISED, "SOLVER.CHECKPOINT_PERIOD", 0)
+    with pytest.raises(InputError, match=truth["images"][0]["file_name"]):
+        train(tiny_config(shapes, output, *overrides))
+    trainer = Trainer(tiny_config(shapes, output, *SUPERVISED), resume=True)
+    assert trainer.model.iteration == EVAL_PERIOD
+
+
+def test_momentum_of_the_config_beats_that_of_the_checkpoint(first_run, shapes, output):
+    shutil.copytree(first_run, output)
+    trainer = Trainer(tiny_config(shapes, output, "SOLVER.MOMENTUM", 0.25), resume=True)
+    assert {group["momentum"] for group in trainer.optimizer.param_groups} == {0.25}
+
+
+def test_gradients_are_clipped_to_their_norm(shapes, output, monkeypatch):
+    clip = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.01)
+    trainer = Trainer(tiny_config(shapes, output, *clip, *SUPERVISED))
+    trainer._step(next(iter(trainer._loader(0))))
+    gradients = [p.grad for p in trainer.model.student.parameters() if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
+    torch.testing.assert_close(norm, torch.tensor(0.01), rtol=1e-3, atol=0)
+
+
+def test_mixed_precision_trains_close_to_fp32(shapes, output):
+    losses = {}
+    for amp in (False, True):
+        trainer = Trainer(tiny_config(shapes, output, "SOLVER.AMP.ENABLED", amp, *SUPERVISED))
+        losses[amp] = trainer._step(next(iter(trainer._loader(0))))
+        assert all(p.dtype == torch.float32 for p in trainer.model.student.parameters())
+    torch.testing.assert_close(
+        losses[True]["loss_rpn_cls"], losses[False]["loss_rpn_cls"], rtol=0.05, atol=0
+    )
+    assert losses[True]["loss_rpn_cls"] != losses[False]["loss_rpn_cls"]

@@ -1,1 +1,1 @@
-"""Detectron2 host; importing it registers its classes with Detectron2."""
+"""Detectron2 host."""

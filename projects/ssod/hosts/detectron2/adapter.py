@@ -13,7 +13,7 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
 from ssod.core.interfaces import Features, RegionDetector, Rescore
@@ -47,14 +47,19 @@ class IgnoringRPN(RPN):
     def label_and_sample_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Label as `RPN` does, then ignore the positives of targets with a low weight."""
-        labels, matched_boxes = super().label_and_sample_anchors(anchors, gt_instances)
-        for label, matched, target in zip(labels, matched_boxes, gt_instances, strict=True):
+        """Label as `RPN` does, but ignore what matches a target of low weight."""
+        anchors = Boxes.cat(anchors)
+        labels, matched_boxes = [], []
+        for target in gt_instances:
+            matched, label = self.anchor_matcher(pairwise_iou(target.gt_boxes, anchors))
             if len(target):
-                # Matching gives boxes, not rows; a box is ignored if its target is.
-                same = (matched[:, None] == target.gt_boxes.tensor).all(2)
-                ignored = (same & (target.gt_weights < self.ignore_weight)).any(1)
-                label.masked_fill_((label == 1) & ignored, -1)
+                ignored = target.gt_weights[matched] < self.ignore_weight
+                label = label.masked_fill((label == 1) & ignored, -1)
+                matched_boxes.append(target.gt_boxes.tensor[matched])
+            else:
+                matched_boxes.append(torch.zeros_like(anchors.tensor))
+            # Sampled afterwards, so that ignored anchors take no trusted one's place.
+            labels.append(self._subsample_labels(label))
         return labels, matched_boxes
 
 
@@ -108,7 +113,6 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
         if rescore is not None:
             class_probs = rescore(class_probs, output.embeddings)
         counts = [len(b) for b in boxes]
-        decoded = self.decode(torch.cat(boxes), output.deltas).flatten(1)
         # The predictor takes logits, of which the logarithm of probabilities is one version.
         proposals = [
             Instances(size, proposal_boxes=Boxes(b))
@@ -118,7 +122,7 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
         results, kept = self.roi_heads.box_predictor.inference(
             (logits, output.deltas.flatten(1)), proposals
         )
-        finite = decoded.isfinite().all(1) & class_probs.isfinite().all(1)
+        finite = output.deltas.flatten(1).isfinite().all(1) & class_probs.isfinite().all(1)
         per_image = zip(
             results,
             kept,
@@ -215,13 +219,15 @@ def _to_detections(
 ) -> Detections:
     # Detectron2 counts kept rows after dropping those that are not finite.
     rows = finite.argsort(descending=True, stable=True)[kept]
-    return Detections(
+    detections = Detections(
         result.pred_boxes.tensor,
         result.scores,
         result.pred_classes,
         class_probs[rows],
         embeddings[rows],
     )
+    # Boxes clipped to nothing, which Detectron2 drops after inference, would be poison as targets.
+    return detections[result.pred_boxes.nonempty()]
 
 
 def _check_supported(model: GeneralizedRCNN) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch import nn
@@ -16,11 +17,16 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from ssod.errors import InputError
 from ssod.hosts.torchvision.adapter import TorchvisionRCNN
 
-RESNETS = {18: resnet.resnet18, 34: resnet.resnet34, 50: resnet.resnet50}
+RESNETS = {  # block, blocks of each stage
+    18: (resnet.BasicBlock, (2, 2, 2, 2)),
+    34: (resnet.BasicBlock, (3, 4, 6, 3)),
+    50: (resnet.Bottleneck, (3, 4, 6, 3)),
+}
+GN_GROUPS = 32  # as in Detectron2
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "BN": nn.BatchNorm2d,
     "FrozenBN": FrozenBatchNorm2d,
-    "GN": partial(nn.GroupNorm, 32),
+    "GN": partial(nn.GroupNorm, GN_GROUPS),
 }
 
 
@@ -28,6 +34,17 @@ def _choose(options: dict, key: str, value: object) -> object:
     if value not in options:
         raise InputError(f"{key} must be one of {list(options)}, got {value!r}")
     return options[value]
+
+
+class _ResNet(resnet.ResNet):
+    """torchvision's ResNet, with the width of its stages to choose; its own is 64."""
+
+    def __init__(self, block: type, stages: tuple[int, ...], width: int, norm: Callable):
+        self.width = width
+        super().__init__(block, stages, norm_layer=norm)
+
+    def _make_layer(self, block: type, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
+        return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
 
 
 def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
@@ -38,12 +55,25 @@ def build_backbone(cfg: CfgNode) -> BackboneWithFPN:
         InputError: for a depth or norm that is not supported.
     """
     norm = _choose(NORMS, "MODEL.RESNETS.NORM", cfg.MODEL.RESNETS.NORM)
-    body = _choose(RESNETS, "MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH)(norm_layer=norm)
-    width = body.inplanes // 8
+    block, stages = _choose(RESNETS, "MODEL.RESNETS.DEPTH", cfg.MODEL.RESNETS.DEPTH)
+    channels = cfg.MODEL.RESNETS.RES2_OUT_CHANNELS
+    if not 0 < channels <= 64 * block.expansion or channels % block.expansion:
+        raise InputError(
+            f"MODEL.RESNETS.RES2_OUT_CHANNELS of R-{cfg.MODEL.RESNETS.DEPTH} must be a multiple of "
+            f"{block.expansion} up to {64 * block.expansion}, the published width, got {channels}"
+        )
+    for key, width in (
+        ("RESNETS", channels // block.expansion),
+        ("FPN", cfg.MODEL.FPN.OUT_CHANNELS),
+    ):
+        if cfg.MODEL[key].NORM == "GN" and width % GN_GROUPS:
+            raise InputError(
+                f"MODEL.{key}.NORM GN needs channels in multiples of {GN_GROUPS}, got {width}"
+            )
     return BackboneWithFPN(
-        body,
+        _ResNet(block, stages, channels // block.expansion, norm),
         return_layers={f"layer{i + 1}": str(i) for i in range(4)},
-        in_channels_list=[width * 2**i for i in range(4)],
+        in_channels_list=[channels * 2**i for i in range(4)],
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm_layer=_choose({"": None} | NORMS, "MODEL.FPN.NORM", cfg.MODEL.FPN.NORM),
     )
@@ -59,7 +89,13 @@ def build_detector(cfg: CfgNode) -> TorchvisionRCNN:
             f"MODEL.ANCHOR_GENERATOR.SIZES needs one list for each of the 5 pyramid levels, "
             f"got {len(sizes)}"
         )
-    ratios = (tuple(model.ANCHOR_GENERATOR.ASPECT_RATIOS[0]),) * len(sizes)
+    ratios = tuple(tuple(level) for level in model.ANCHOR_GENERATOR.ASPECT_RATIOS)
+    if len(ratios) not in (1, len(sizes)):
+        raise InputError(
+            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS needs one list, or one for each of the 5 "
+            f"pyramid levels, got {len(ratios)}"
+        )
+    ratios = ratios * (len(sizes) // len(ratios))
     resolution = box_head.POOLER_RESOLUTION
     return TorchvisionRCNN(
         build_backbone(cfg),

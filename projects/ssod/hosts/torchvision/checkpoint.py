@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import nn
 
 from ssod.core.teacher_student import TeacherStudent
 from ssod.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_NAME = "checkpoint.pth"
 
@@ -97,18 +100,45 @@ def load_detector_weights(detector: nn.Module, path: str | Path) -> None:
     """
     Load weights for `MODEL.WEIGHTS`.
 
+    A box predictor for another number of classes keeps its initial weights, with one line logged.
+
     Args:
         detector: model to fill.
         path: a checkpoint of a run, of which the teacher is taken, or the student if the teacher
-            had not started; or a plain state dict of the detector such as torchvision's.
+            had not started; a state dict of torchvision's FasterRCNN; or one of a torchvision
+            ResNet, which fills the backbone's body.
 
     Raises:
-        InputError: as `read_checkpoint` and `load_matching`.
+        InputError: as `read_checkpoint` and `load_matching`; every other weight must match.
     """
     state = read_checkpoint(path)
     state = state.get("model", state)
+    if not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{path}: expected a state dict of tensors")
     if "_extra_state" in state:  # of `TeacherStudent`
         _, teacher_started = state["_extra_state"].tolist()
         prefix = "teacher." if teacher_started else "student."
         state = {name[len(prefix) :]: v for name, v in state.items() if name.startswith(prefix)}
-    load_matching(detector, state, path)
+    if "conv1.weight" in state:
+        body = {name: v for name, v in state.items() if not name.startswith("fc.")}
+        load_matching(detector.backbone.body, _with_counters(detector.backbone.body, body), path)
+        return
+    own = detector.state_dict()
+    other = [
+        name
+        for name in own
+        if name.startswith("roi_heads.box_predictor.")
+        and name in state
+        and state[name].shape != own[name].shape
+    ]
+    if other:
+        logger.info("%s: box predictor is for other classes and starts anew", path)
+    state = state | {name: own[name] for name in other}
+    load_matching(detector, _with_counters(detector, state), path)
+
+
+def _with_counters(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Add or drop the batch counters of BN, which frozen norms do not have and nothing needs."""
+    suffix = "num_batches_tracked"
+    counters = {n: v for n, v in module.state_dict().items() if n.endswith(suffix)}
+    return {n: v for n, v in state.items() if not n.endswith(suffix)} | counters

@@ -22,7 +22,7 @@ def get_config() -> CfgNode:
     model.WEIGHTS = ""
     model.RESNETS = CfgNode(
         # BN because nothing is pretrained; Detectron2's FrozenBN does not learn from scratch.
-        {"DEPTH": 50, "NORM": "BN"}
+        {"DEPTH": 50, "NORM": "BN", "RES2_OUT_CHANNELS": 256}
     )
     model.FPN = CfgNode({"OUT_CHANNELS": 256, "NORM": ""})
     model.ANCHOR_GENERATOR = CfgNode(
@@ -73,6 +73,7 @@ def get_config() -> CfgNode:
             "BASE_LR": 0.001,
             "MOMENTUM": 0.9,
             "WEIGHT_DECAY": 0.0001,
+            "WEIGHT_DECAY_NORM": 0.0,
             "MAX_ITER": 40000,
             "STEPS": (30000,),
             "GAMMA": 0.1,

@@ -36,7 +36,7 @@ from ssod.hosts.torchvision.checkpoint import (
     save_checkpoint,
 )
 from ssod.hosts.torchvision.inference import detect, label_images
-from ssod.hosts.torchvision.metric_log import MetricLog
+from ssod.hosts.torchvision.metric_log import MetricLog, read_evaluation
 from ssod.hosts.torchvision.solver import build_optimizer, learning_rate
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,11 @@ class Trainer:
             name = state.get("optimizer_name")
             if name != type(self.optimizer).__name__:
                 raise ValueError(f"it is of {name}")
+            groups = [dict(group, params=None) for group in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
+            # The momentum and decay of this config, not of the one that was saved.
+            for loaded, group in zip(self.optimizer.param_groups, groups, strict=True):
+                loaded.update({k: v for k, v in group.items() if k != "params"})
         except ValueError as error:
             raise InputError(
                 f"{self.checkpoint}: its optimizer does not fit SSOD.OPTIMIZER "
@@ -151,24 +155,28 @@ class Trainer:
         Returns:
             The last evaluation's metrics, empty without a validation set.
         """
-        max_iter, start_iter = self.cfg.SOLVER.MAX_ITER, self.model.iteration
-        if start_iter >= max_iter:
-            logger.info("nothing left to train: iteration %d of %d", start_iter, max_iter)
-            return self.evaluate()
+        # A run may have been stopped between a checkpoint and its evaluation.
+        results = read_evaluation(self.output, self.model.iteration)
+        if self.model.iteration >= self.cfg.SOLVER.MAX_ITER and (results or not self.data.val):
+            logger.info("nothing left to train in %s", self.output)
+            return results
         try:
             self.output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(
-                f"OUTPUT_DIR {self.output} cannot be made: {error.strerror}"
-            ) from error
+            reason = error.strerror
+            raise InputError(f"OUTPUT_DIR {self.output} cannot be made: {reason}") from error
         (self.output / CONFIG_NAME).write_text(self.cfg.dump())
-        log = MetricLog(self.output, start_iter)
+        with MetricLog(self.output, self.model.iteration) as log:
+            results = results or self._evaluate_if_due(log)
+            return self._train(log, title) or results
+
+    def _train(self, log: MetricLog, title: str) -> dict[str, float]:
         results: dict[str, float] = {}
         seconds = {"time/data": 0.0, "time/step": 0.0}
-        logged = start_iter
+        logged = self.model.iteration
         with self._progress_bar(title) as progress:
             previous = time.perf_counter()
-            for batch in self._loader(start_iter):
+            for batch in self._loader(self.model.iteration):
                 fetched = time.perf_counter()
                 losses = self._step(batch)
                 # Reading waits for the device, so it comes before the clock is read.
@@ -183,15 +191,22 @@ class Trainer:
                     log.write(self.model.iteration, values)
                     progress.set_postfix(loss=f"{values['total_loss']:.2f}")
                     seconds, logged = dict.fromkeys(seconds, 0.0), self.model.iteration
-                if self._is_due(self.cfg.SOLVER.CHECKPOINT_PERIOD):
+                # Saved before it is evaluated: a broken validation image must cost no training.
+                if self._is_due(self.cfg.SOLVER.CHECKPOINT_PERIOD) or self._evaluation_is_due():
                     self._save()
-                if self._is_due(self.cfg.TEST.EVAL_PERIOD):
-                    results = self.evaluate()
-                    if results:
-                        log.write(self.model.iteration, results)
+                results = self._evaluate_if_due(log) or results
                 previous = time.perf_counter()
-        log.close()
         return results
+
+    def _evaluate_if_due(self, log: MetricLog) -> dict[str, float]:
+        if not self._evaluation_is_due():
+            return {}
+        results = self.evaluate()
+        log.write(self.model.iteration, results)
+        return results
+
+    def _evaluation_is_due(self) -> bool:
+        return self.data.val is not None and self._is_due(self.cfg.TEST.EVAL_PERIOD)
 
     def _progress_bar(self, title: str) -> tqdm:
         return tqdm(
@@ -205,7 +220,8 @@ class Trainer:
 
     def _is_due(self, period: int) -> bool:
         done = self.model.iteration
-        return done == self.cfg.SOLVER.MAX_ITER or (period > 0 and done % period == 0)
+        at_end = done >= self.cfg.SOLVER.MAX_ITER
+        return at_end or (done > 0 and period > 0 and done % period == 0)
 
     def _loader(self, start_iter: int) -> torch.utils.data.DataLoader:
         cfg = self.cfg
@@ -223,6 +239,7 @@ class Trainer:
             flip=_flips(cfg),
             num_workers=cfg.DATALOADER.NUM_WORKERS,
             pin_memory=self.device.type == "cuda",
+            labeled_strong=cfg.SSOD.LABELED_VIEWS != "weak",
         )
 
     def _step(self, batch: TwoStreamBatch) -> dict[str, Tensor]:

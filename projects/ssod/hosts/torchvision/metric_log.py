@@ -22,6 +22,14 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in complete.splitlines()]
 
 
+def read_evaluation(output_dir: str | Path, iteration: int) -> dict[str, float]:
+    """Return the metrics that a run has measured at an iteration; empty if none."""
+    for line in read_metrics(output_dir):
+        if line["iteration"] == iteration and "student/AP" in line:
+            return {name: value for name, value in line.items() if name != "iteration"}
+    return {}
+
+
 class MetricLog:
     """
     Writer of `metrics.json`, one JSON object a line, and of TensorBoard events.
@@ -46,6 +54,12 @@ class MetricLog:
         self._file.write(json.dumps({"iteration": iteration} | values) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, iteration)
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Flush and close both files."""

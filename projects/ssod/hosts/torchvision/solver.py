@@ -10,17 +10,20 @@ from ssod.errors import InputError
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Build `SSOD.OPTIMIZER` over the parameters of `model` that require gradients."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """Build `SSOD.OPTIMIZER` over what is trainable; norms decay by `WEIGHT_DECAY_NORM`."""
     solver = cfg.SOLVER
+    norms, others = [], []
+    for module in model.modules():
+        group = norms if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) else others
+        group += [p for p in module.parameters(recurse=False) if p.requires_grad]
+    parameters = [
+        {"params": others, "weight_decay": solver.WEIGHT_DECAY},
+        {"params": norms, "weight_decay": solver.WEIGHT_DECAY_NORM},
+    ]
     if cfg.SSOD.OPTIMIZER == "SGD":
-        return torch.optim.SGD(
-            parameters, solver.BASE_LR, momentum=solver.MOMENTUM, weight_decay=solver.WEIGHT_DECAY
-        )
+        return torch.optim.SGD(parameters, solver.BASE_LR, momentum=solver.MOMENTUM)
     if cfg.SSOD.OPTIMIZER == "AdamW":
-        return torch.optim.AdamW(
-            parameters, solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, fused=True
-        )
+        return torch.optim.AdamW(parameters, solver.BASE_LR, fused=True)
     raise InputError(f'SSOD.OPTIMIZER must be "SGD" or "AdamW", got {cfg.SSOD.OPTIMIZER!r}')
 
 

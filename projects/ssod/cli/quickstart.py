@@ -156,8 +156,9 @@ def _check_spec(output: Path, spec: ShapesSpec) -> None:
             f"{output} holds a quickstart on another Shapes set {written.read_text()}; remove it "
             "or choose another --output"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    written.write_text(text)
+    if not written.exists():
+        output.mkdir(parents=True, exist_ok=True)
+        written.write_text(text)
 
 
 def summarize(tables: list[list[Row]]) -> list[Row]:

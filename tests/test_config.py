@@ -107,8 +107,6 @@ def test_unknown_key_without_a_close_one_points_to_the_readme(merge):
 def test_value_of_another_type_is_refused(key, value, kind):
     message = f"command line: {key} needs a value of type {kind} such as "
     with pytest.raises(InputError, match=message):
-        InputError, match=f"command line: {key} needs a value of type {kind} such as "
-    ):
         merge_config(get_config(), "", [key, value])
 
 

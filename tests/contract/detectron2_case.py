@@ -39,7 +39,8 @@ OVERRIDES = {
 }
 
 
-def _config():
+def config():
+    """Return the config of the tiny model."""
     cfg = get_cfg()
     add_ssod_config(cfg)
     cfg.merge_from_list([item for pair in OVERRIDES.items() for item in pair])
@@ -53,12 +54,12 @@ def storage():
 
 def build():
     """Return the adapter."""
-    return Detectron2RCNN(_config())
+    return Detectron2RCNN(config())
 
 
 def host_model(detector):
     """Return an unmodified GeneralizedRCNN with the detector's weights and mode."""
-    cfg = _config()
+    cfg = config()
     cfg.MODEL.PROPOSAL_GENERATOR.NAME = "RPN"
     model = GeneralizedRCNN(cfg)
     model.load_state_dict(detector.state_dict())

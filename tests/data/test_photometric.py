@@ -9,8 +9,6 @@ from torchvision.transforms.functional import adjust_hue, gaussian_blur, pil_to_
 from ssod.data import photometric
 from ssod.data.photometric import blur, shift_hue, strong_augment
 
-needs_cv2 = pytest.mark.skipif(photometric.cv2 is None, reason="OpenCV is not installed")
-
 
 @pytest.fixture
 def image(write_image):
@@ -22,8 +20,8 @@ def image(write_image):
 def backend(request, monkeypatch):
     if request.param == "pillow":
         monkeypatch.setattr(photometric, "cv2", None)
-    elif photometric.cv2 is None:
-        pytest.skip("OpenCV is not installed")
+    else:
+        assert photometric.cv2 is not None, "the development dependencies include OpenCV"
 
 
 def _mean_difference(one, two):
@@ -61,7 +59,6 @@ def test_blur_keeps_a_flat_image_flat_up_to_the_edges(backend):
     assert _mean_difference(blur(flat, 2.0), flat) == 0
 
 
-@needs_cv2
 def test_draws_and_pixels_are_the_same_without_opencv(image, monkeypatch):
     pixels = np.asarray(image)
     results, states = [], []

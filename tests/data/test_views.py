@@ -30,14 +30,6 @@ def test_size_rule(shape, min_size, max_size):
     assert abs(height - shape[0] * scale) <= 0.5 and abs(width - shape[1] * scale) <= 0.5
 
 
-def test_size_rule_is_that_of_detectron2():
-    transforms = pytest.importorskip("detectron2.data.transforms")
-    rng = np.random.default_rng(0)
-    for height, width, size in rng.integers(20, 900, (2000, 3)).tolist():
-        expected = transforms.ResizeShortestEdge.get_output_shape(height, width, size, 1333)
-        assert resize_shortest_edge(height, width, size, 1333) == expected
-
-
 def test_extreme_shapes_keep_a_pixel():
     assert resize_shortest_edge(1, 5000, 800, 1333) == (1, 1333)
 

@@ -131,7 +131,7 @@ def test_quickstart_prints_the_table_it_writes(finished):
     for title, row in zip(titles, rows, strict=True):
         (line,) = (line for line in printed.splitlines() if line.startswith(f"{title}  "))
         assert f"{row['AP50']:.1f}" in line and f"{row['images/s']:.1f}" in line
-        assert row["minutes"] > 0 and row["images/s"] > 0
+        assert row["min"] > 0 and row["images/s"] > 0
     assert printed.endswith(f"report: {output / 'report.png'}\n")
 
 

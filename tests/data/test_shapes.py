@@ -133,7 +133,7 @@ def test_default_labeled_split_has_every_class():
     assert {int(c) for scene in scenes for c in scene.classes} == set(range(len(CLASS_NAMES)))
 
 
-def test_hue_is_a_cue_that_does_not_settle_the_class(scenes):
+def test_hue_is_a_cheap_cue(scenes):
     hits, total = 0, 0
     for scene in scenes:
         hue = np.asarray(Image.fromarray(scene.image).convert("HSV"))[..., 0] / 255
@@ -141,7 +141,7 @@ def test_hue_is_a_cue_that_does_not_settle_the_class(scenes):
             mean = np.angle(np.exp(2j * np.pi * hue[mask]).mean()) / (2 * np.pi)
             hits += round(mean * len(CLASS_NAMES)) % len(CLASS_NAMES) == label
             total += 1
-    assert 0.6 < hits / total < 0.9
+    assert hits / total > 0.9
 
 
 @pytest.mark.parametrize("image_size", [64, 320])

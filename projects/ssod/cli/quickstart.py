@@ -38,7 +38,7 @@ ROWS = (
     ("semi-supervised", "semi_supervised", "teacher"),
 )
 METRICS = ("AP", "AP50", "AP_S", "AP_M", "AP_L")
-COLUMNS = ("trained on Shapes", *METRICS, "minutes", "images/s")
+COLUMNS = ("trained on Shapes", *METRICS, "min", "images/s")
 SHOWN_SCORE = 0.5  # predictions below it are left out of the picture
 Row = dict[str, str | float]
 
@@ -215,7 +215,7 @@ def _speed(run: Path, cfg: CfgNode, semi_supervised: bool) -> dict[str, float]:
     iterations = np.diff([line["iteration"] for line in steps], prepend=0)
     after = [line["time/step"] for line in steps if line["iteration"] > cfg.SSOD.BURN_IN_ITERS]
     images = cfg.SOLVER.IMS_PER_BATCH + cfg.SSOD.DATA.UNLABELED_PER_BATCH * semi_supervised
-    return {"minutes": float(seconds @ iterations) / 60, "images/s": images / mean(after)}
+    return {"min": float(seconds @ iterations) / 60, "images/s": images / mean(after)}
 
 
 def _draw(output: Path, trainer: Trainer, rows: list[Row]) -> None:
@@ -280,7 +280,8 @@ def _curves(output: Path) -> dict[str, list[Curve]]:
         "Pseudo-labels on unlabeled images": [
             curve("precision", ssl, "pseudo/precision"),
             curve("recall", ssl, "pseudo/recall"),
-            curve("boxes per image", ssl, "pseudo/num_per_image", right=True),
+            curve("boxes per image", ssl, "pseudo/boxes_per_image", right=True),
+            curve("true boxes per image", ssl, "pseudo/true_boxes_per_image", right=True),
         ],
         "Classification losses": [
             curve("labeled", ssl, "loss_cls", "loss_rpn_cls"),

@@ -2,8 +2,9 @@
 Drawing of one Shapes image.
 
 Textured shapes of six classes with long-tailed frequencies lie on a textured background, partly
-hiding each other, among lines and blobs that belong to no class. Hue is a strong but not a
-sufficient cue: the hue bands of neighboring classes overlap, and only the outline settles it.
+hiding each other, among dull lines and blobs that belong to no class. Hue is a cheap cue that is
+learned from a few examples: each class has a band of its own. The outline is another, which counts
+once augmentation shifts the hue by more than a band or takes it away.
 """
 
 from __future__ import annotations

@@ -182,7 +182,16 @@ def test_infinite_initial_weights_stop_the_run_before_a_checkpoint(
 def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(burn_in, shapes, output):
     shutil.copytree(burn_in, output)
     before = snapshot(output)[str(output / CHECKPOINT_NAME)]
-    diverging = ("SOLVER.BASE_LR", 1000, "SOLVER.STEPS", "[]", "SOLVER.WARMUP_ITERS", 0)
+    diverging = (
+        "TEST.EVAL_PERIOD",
+        0,
+        "SOLVER.BASE_LR",
+        1000,
+        "SOLVER.STEPS",
+        "[]",
+        "SOLVER.WARMUP_ITERS",
+        0,
+    )
     cfg = tiny_config(shapes, output, *SUPERVISED, *diverging, "SOLVER.MAX_ITER", 12)
     with pytest.raises(InputError, match="not finite.* the last checkpoint is kept. Lower "):
         train(cfg, resume=True)

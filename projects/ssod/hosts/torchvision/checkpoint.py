@@ -140,5 +140,5 @@ def load_detector_weights(detector: nn.Module, path: str | Path) -> None:
 def _with_counters(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Add or drop the batch counters of BN, which frozen norms do not have and nothing needs."""
     suffix = "num_batches_tracked"
-    counters = {n: v for n, v in module.state_dict().items() if n.endswith(suffix)}
-    return {n: v for n, v in state.items() if not n.endswith(suffix)} | counters
+    own = {name: v for name, v in module.state_dict().items() if name.endswith(suffix)}
+    return own | {name: v for name, v in state.items() if name in own or not name.endswith(suffix)}

@@ -284,8 +284,8 @@ class Trainer:
         Measure the student and, once it has started, the teacher.
 
         Returns:
-            `student/AP`, `teacher/AP` and so on in percent, and `pseudo/precision` and
-            `pseudo/recall` where hidden truth is named; empty without a validation set. The
+            `student/AP`, `teacher/AP` and so on in percent, and `pseudo/precision`,
+            `pseudo/recall` and boxes per image where hidden truth is named; empty without a validation set. The
             predictions are written to `OUTPUT_DIR/inference`.
         """
         metrics: dict[str, float] = {}
@@ -329,4 +329,6 @@ class Trainer:
         return {
             "pseudo/precision": quality.precision,
             "pseudo/recall": quality.recall,
+            "pseudo/boxes_per_image": quality.num_per_image,
+            "pseudo/true_boxes_per_image": quality.true_per_image,
         }

@@ -285,8 +285,8 @@ class Trainer:
 
         Returns:
             `student/AP`, `teacher/AP` and so on in percent, and `pseudo/precision`,
-            `pseudo/recall` and boxes per image where hidden truth is named; empty without a validation set. The
-            predictions are written to `OUTPUT_DIR/inference`.
+            `pseudo/recall` and boxes per image where hidden truth is named; empty without a
+            validation set. The predictions are written to `OUTPUT_DIR/inference`.
         """
         metrics: dict[str, float] = {}
         if self.data.val is None:

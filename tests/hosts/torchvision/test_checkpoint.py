@@ -10,7 +10,7 @@ from torch import nn
 from contract import torchvision_case
 from ssod.config import merge_config
 from ssod.errors import InputError
-from ssod.hosts.torchvision.build import build_detector
+from ssod.hosts.torchvision.build import build_detector, build_model
 from ssod.hosts.torchvision.checkpoint import (
     CHECKPOINT_NAME,
     load_detector_weights,
@@ -19,7 +19,7 @@ from ssod.hosts.torchvision.checkpoint import (
     save_checkpoint,
 )
 from ssod.hosts.torchvision.config import get_config
-from ssod.hosts.torchvision.loop import Trainer, build_model
+from ssod.hosts.torchvision.loop import Trainer
 from tiny_run import differences, read_state, tiny_config
 
 

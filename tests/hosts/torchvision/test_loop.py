@@ -8,9 +8,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from ssod.config import merge_config
 from ssod.errors import InputError
+from ssod.hosts.torchvision.build import build_model, select_device
 from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
 from ssod.hosts.torchvision.config import get_config
-from ssod.hosts.torchvision.loop import CONFIG_NAME, Trainer, build_model, select_device
+from ssod.hosts.torchvision.loop import CONFIG_NAME, Trainer
 from ssod.hosts.torchvision.metric_log import LOG_NAME, MetricLog, read_metrics
 from ssod.hosts.torchvision.solver import learning_rate
 from tiny_run import (

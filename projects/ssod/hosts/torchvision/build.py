@@ -1,4 +1,4 @@
-"""From a config to a torchvision detector."""
+"""From a config to a model and its device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from fvcore.common.config import CfgNode
 from torch import nn
 from torchvision.models import resnet
@@ -14,8 +15,11 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
+from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY
+from ssod.core.teacher_student import TeacherStudent
 from ssod.errors import InputError
 from ssod.hosts.torchvision.adapter import TorchvisionRCNN
+from ssod.hosts.torchvision.checkpoint import load_detector_weights
 
 RESNETS = {  # block, blocks of each stage
     18: (resnet.BasicBlock, (2, 2, 2, 2)),
@@ -125,3 +129,45 @@ def build_detector(cfg: CfgNode) -> TorchvisionRCNN:
         box_batch_size_per_image=heads.BATCH_SIZE_PER_IMAGE,
         box_positive_fraction=heads.POSITIVE_FRACTION,
     )
+
+
+def build_model(cfg: CfgNode) -> TeacherStudent:
+    """Build student, teacher and filter on the CPU, with `MODEL.WEIGHTS` loaded if it is set."""
+    torch.manual_seed(cfg.SEED)
+    detector = build_detector(cfg)
+    if cfg.MODEL.WEIGHTS:
+        load_detector_weights(detector, cfg.MODEL.WEIGHTS)
+    ssod = cfg.SSOD
+    if ssod.FILTER.NAME not in PSEUDO_LABEL_FILTER_REGISTRY:
+        known = sorted(name for name, _ in PSEUDO_LABEL_FILTER_REGISTRY)
+        raise InputError(f"SSOD.FILTER.NAME must be one of {known}, got {ssod.FILTER.NAME!r}")
+    pseudo_label_filter = PSEUDO_LABEL_FILTER_REGISTRY.get(ssod.FILTER.NAME)
+    return TeacherStudent(
+        detector,
+        pseudo_label_filter.from_config(cfg, detector.num_classes),
+        burn_in_iters=ssod.BURN_IN_ITERS,
+        ema_decay=ssod.EMA_DECAY,
+        unsup_loss_weight=ssod.UNSUP_LOSS_WEIGHT,
+        unsup_box_losses=ssod.UNSUP_BOX_LOSSES,
+        labeled_views=ssod.LABELED_VIEWS,
+    )
+
+
+def select_device(cfg: CfgNode) -> torch.device:
+    """Return the device of `MODEL.DEVICE`, checking that it can do what the config asks for."""
+    name = cfg.MODEL.DEVICE
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(
+            f'MODEL.DEVICE {cfg.MODEL.DEVICE!r} cannot be used here; set it to "auto" or "cpu"'
+        ) from error
+    if cfg.SOLVER.AMP.ENABLED and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise InputError(
+            f"SOLVER.AMP.ENABLED needs bfloat16, which {torch.cuda.get_device_name(device)} does "
+            "not have; set it to False"
+        )
+    return device

@@ -17,9 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from ssod.core.distributed import mean_over_ranks, seed_step
-from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY
 from ssod.core.structures import TwoStreamBatch
-from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import RunData, load_run_data
 from ssod.data.datasets import DetectionDataset
 from ssod.data.images import is_readable
@@ -27,10 +25,9 @@ from ssod.data.loader import FailedImages, build_two_stream_loader
 from ssod.errors import InputError
 from ssod.evaluation.coco_metrics import coco_metrics
 from ssod.evaluation.pseudo_labels import pseudo_label_quality
-from ssod.hosts.torchvision.build import build_detector
+from ssod.hosts.torchvision.build import build_model, select_device
 from ssod.hosts.torchvision.checkpoint import (
     CHECKPOINT_NAME,
-    load_detector_weights,
     load_matching,
     read_checkpoint,
     save_checkpoint,
@@ -46,54 +43,12 @@ LOG_PERIOD = 20  # iterations between two lines of metrics, each of which waits 
 MONITORED_IMAGES = 100  # unlabeled images whose pseudo-labels are compared with hidden truth
 
 
-def select_device(cfg: CfgNode) -> torch.device:
-    """Return the device of `MODEL.DEVICE`, checking that it can do what the config asks for."""
-    name = cfg.MODEL.DEVICE
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise InputError(
-            f'MODEL.DEVICE {cfg.MODEL.DEVICE!r} cannot be used here; set it to "auto" or "cpu"'
-        ) from error
-    if cfg.SOLVER.AMP.ENABLED and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise InputError(
-            f"SOLVER.AMP.ENABLED needs bfloat16, which {torch.cuda.get_device_name(device)} does "
-            "not have; set it to False"
-        )
-    return device
-
-
 def _flips(cfg: CfgNode) -> bool:
     if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
         raise InputError(
             f'INPUT.RANDOM_FLIP must be "horizontal" or "none", got {cfg.INPUT.RANDOM_FLIP!r}'
         )
     return cfg.INPUT.RANDOM_FLIP == "horizontal"
-
-
-def build_model(cfg: CfgNode) -> TeacherStudent:
-    """Build student, teacher and filter on the CPU, with `MODEL.WEIGHTS` loaded if it is set."""
-    torch.manual_seed(cfg.SEED)
-    detector = build_detector(cfg)
-    if cfg.MODEL.WEIGHTS:
-        load_detector_weights(detector, cfg.MODEL.WEIGHTS)
-    ssod = cfg.SSOD
-    if ssod.FILTER.NAME not in PSEUDO_LABEL_FILTER_REGISTRY:
-        known = sorted(name for name, _ in PSEUDO_LABEL_FILTER_REGISTRY)
-        raise InputError(f"SSOD.FILTER.NAME must be one of {known}, got {ssod.FILTER.NAME!r}")
-    pseudo_label_filter = PSEUDO_LABEL_FILTER_REGISTRY.get(ssod.FILTER.NAME)
-    return TeacherStudent(
-        detector,
-        pseudo_label_filter.from_config(cfg, detector.num_classes),
-        burn_in_iters=ssod.BURN_IN_ITERS,
-        ema_decay=ssod.EMA_DECAY,
-        unsup_loss_weight=ssod.UNSUP_LOSS_WEIGHT,
-        unsup_box_losses=ssod.UNSUP_BOX_LOSSES,
-        labeled_views=ssod.LABELED_VIEWS,
-    )
 
 
 class Trainer:

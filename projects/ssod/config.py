@@ -141,7 +141,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
 
 def _load_yaml(path: str) -> dict:
     if not Path(path).is_file():
-        raise InputError(f"{path}: config file not found; expected a YAML file")
+        raise InputError(f"{path}: config file not found; paths are relative to the current folder")
     try:
         loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
     # fvcore lets TypeError out for an empty file and RecursionError for a `_BASE_` of itself.

@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 
-
 # Tensors are tiny: more threads are no faster, and far slower beside another process.
 torch.set_num_threads(1)
 

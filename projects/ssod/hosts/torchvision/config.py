@@ -15,7 +15,44 @@ def get_config() -> CfgNode:
     # Detectron2's -1 means a random seed; here every run is reproducible.
     cfg.SEED = 0
 
-    model = cfg.MODEL = CfgNode()
+    cfg.MODEL = _model()
+    cfg.INPUT = CfgNode(
+        {
+            "MIN_SIZE_TRAIN": (800,),
+            "MAX_SIZE_TRAIN": 1333,
+            "MIN_SIZE_TEST": 800,
+            "MAX_SIZE_TEST": 1333,
+            # "horizontal" or "none".
+            "RANDOM_FLIP": "horizontal",
+        }
+    )
+    cfg.DATALOADER = CfgNode({"NUM_WORKERS": 4})
+    solver = cfg.SOLVER = CfgNode(
+        {
+            "IMS_PER_BATCH": 16,
+            "BASE_LR": 0.001,
+            "MOMENTUM": 0.9,
+            "WEIGHT_DECAY": 0.0001,
+            "WEIGHT_DECAY_NORM": 0.0,
+            "MAX_ITER": 40000,
+            "STEPS": (30000,),
+            "GAMMA": 0.1,
+            "WARMUP_ITERS": 1000,
+            "WARMUP_FACTOR": 0.001,
+            "CHECKPOINT_PERIOD": 5000,
+        }
+    )
+    # "norm" of all parameters together; Detectron2's "value" and per-parameter norm are not here.
+    solver.CLIP_GRADIENTS = CfgNode({"ENABLED": False, "CLIP_VALUE": 1.0})
+    solver.AMP = CfgNode({"ENABLED": False})
+    # Iterations between evaluations, 0: at the end only.
+    cfg.TEST = CfgNode({"EVAL_PERIOD": 0, "DETECTIONS_PER_IMAGE": 100})
+    add_ssod_config(cfg)
+    return cfg
+
+
+def _model() -> CfgNode:
+    model = CfgNode()
     # "auto": cuda where there is one. Detectron2's default is "cuda".
     model.DEVICE = "auto"
     # Checkpoint of this project, or a state dict of torchvision's FasterRCNN. "": from scratch.
@@ -55,37 +92,4 @@ def get_config() -> CfgNode:
     model.ROI_BOX_HEAD = CfgNode(
         {"FC_DIM": 1024, "POOLER_RESOLUTION": 7, "POOLER_SAMPLING_RATIO": 2}
     )
-
-    cfg.INPUT = CfgNode(
-        {
-            "MIN_SIZE_TRAIN": (800,),
-            "MAX_SIZE_TRAIN": 1333,
-            "MIN_SIZE_TEST": 800,
-            "MAX_SIZE_TEST": 1333,
-            # "horizontal" or "none".
-            "RANDOM_FLIP": "horizontal",
-        }
-    )
-    cfg.DATALOADER = CfgNode({"NUM_WORKERS": 4})
-    solver = cfg.SOLVER = CfgNode(
-        {
-            "IMS_PER_BATCH": 16,
-            "BASE_LR": 0.001,
-            "MOMENTUM": 0.9,
-            "WEIGHT_DECAY": 0.0001,
-            "WEIGHT_DECAY_NORM": 0.0,
-            "MAX_ITER": 40000,
-            "STEPS": (30000,),
-            "GAMMA": 0.1,
-            "WARMUP_ITERS": 1000,
-            "WARMUP_FACTOR": 0.001,
-            "CHECKPOINT_PERIOD": 5000,
-        }
-    )
-    # "norm" of all parameters together; Detectron2's "value" and per-parameter norm are not here.
-    solver.CLIP_GRADIENTS = CfgNode({"ENABLED": False, "CLIP_VALUE": 1.0})
-    solver.AMP = CfgNode({"ENABLED": False})
-    # Iterations between evaluations, 0: at the end only.
-    cfg.TEST = CfgNode({"EVAL_PERIOD": 0, "DETECTIONS_PER_IMAGE": 100})
-    add_ssod_config(cfg)
-    return cfg
+    return model

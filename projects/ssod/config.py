@@ -88,7 +88,7 @@ def add_ssod_config(cfg: CfgNode) -> None:
     data.VAL_IMAGES = ""
     # Unlabeled images per iteration over all processes; SOLVER.IMS_PER_BATCH counts labeled ones.
     data.UNLABELED_PER_BATCH = 32
-    # Leave boxes without area out instead of stopping (COCO train2017 has two).
+    # Leave boxes without area out instead of stopping (COCO train2017 has such boxes).
     data.SKIP_INVALID_BOXES = False
     # Share of the images drawn that may fail to decode before training stops, in [0, 1].
     data.MAX_FAILED_SHARE = 0.01

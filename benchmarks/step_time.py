@@ -18,6 +18,7 @@ import torch
 
 from ssod.config import merge_config
 from ssod.core.ema import update_ema
+from ssod.data.build import build_train_loader
 from ssod.data.shapes import ShapesSpec, ensure_shapes
 from ssod.hosts.torchvision.config import get_config
 from ssod.hosts.torchvision.loop import Trainer
@@ -62,7 +63,7 @@ def measure(trainer: Trainer, iterations: int) -> tuple[dict[str, float], dict[s
     """Medians of the parts of a step, and of whole steps with and without unlabeled images."""
     parts, steps = Stopwatch(trainer.device), Stopwatch(trainer.device)
     model, optimizer = trainer.model, trainer.optimizer
-    loader = iter(trainer._loader(0))
+    loader = iter(build_train_loader(trainer.cfg, trainer.data, 0))
     for _ in range(iterations + 2):
         batch = parts("data, both streams", next, loader).to(trainer.device)
         losses = parts("student forward, labeled", model.supervised_losses, batch.labeled)

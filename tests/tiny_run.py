@@ -2,20 +2,19 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from fvcore.common.config import CfgNode
 
 from ssod.config import merge_config
 from ssod.data.shapes import ShapesSpec
+from ssod.hosts.metric_log import read_metrics
 from ssod.hosts.torchvision import loop
 from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
 from ssod.hosts.torchvision.config import get_config
-from ssod.hosts.torchvision.metric_log import read_metrics
 
 SPEC = ShapesSpec(num_labeled=6, num_unlabeled=6, num_val=4, image_size=64)
 BURN_IN_ITERS, MAX_ITER, EVAL_PERIOD = 2, 5, 3
-LOG_PERIOD = 2  # in place of the loop's own, which is longer than the run
+LOG_PERIOD = 2
 OPTIONS = {
     "MODEL.DEVICE": "cpu",
     "MODEL.RESNETS.DEPTH": 18,
@@ -50,16 +49,22 @@ OPTIONS = {
     "SSOD.LABELED_VIEWS": "strong",
     "SSOD.FILTER.SCORE_THRESH": 0.1,
     "SSOD.DATA.UNLABELED_PER_BATCH": 2,
+    "SSOD.LOG_PERIOD": LOG_PERIOD,
 }
 
 
-def tiny_options(shapes: Path, output: Path) -> list[str]:
-    """Return the run's `KEY VALUE ...` with the data in `shapes`."""
+def data_options(shapes: Path) -> dict[str, Path]:
+    """Return the keys of the data in `shapes`."""
     data = {"SSOD.DATA.UNLABELED_TRUTH_JSON": shapes / "annotations" / "unlabeled_truth.json"}
     for group in ("LABELED", "UNLABELED", "VAL"):
         data[f"SSOD.DATA.{group}_JSON"] = shapes / "annotations" / f"{group.lower()}.json"
         data[f"SSOD.DATA.{group}_IMAGES"] = shapes / "images"
-    pairs = OPTIONS | data | {"OUTPUT_DIR": output}
+    return data
+
+
+def tiny_options(shapes: Path, output: Path) -> list[str]:
+    """Return the run's `KEY VALUE ...` with the data in `shapes`."""
+    pairs = OPTIONS | data_options(shapes) | {"OUTPUT_DIR": output}
     return [str(item) for pair in pairs.items() for item in pair]
 
 
@@ -73,9 +78,7 @@ def tiny_config(shapes: Path, output: Path, *overrides: object) -> CfgNode:
 
 def train(cfg: CfgNode, resume: bool = False, trainer: type[loop.Trainer] = loop.Trainer) -> None:
     """Train up to the end."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "LOG_PERIOD", LOG_PERIOD)
-        trainer(cfg, resume).train()
+    trainer(cfg, resume).train()
 
 
 def read_state(output: Path) -> dict:

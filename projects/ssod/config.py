@@ -24,6 +24,10 @@ _RANGES = {  # of keys that nothing else checks before training
     "SSOD.FOCAL_GAMMA": (0, 10),
     "SSOD.RPN_IGNORE_WEIGHT": (0, 1),
     "SSOD.DATA.MAX_FAILED_SHARE": (0, 1),
+    "SSOD.LOG_PERIOD": (1, 2**31),
+    "SSOD.ACCUMULATE_STEPS": (1, 2**31),
+    "SSOD.MAX_SKIPPED_STEPS": (1, 2**31),
+    "SSOD.CHECKPOINTS_TO_KEEP": (1, 2**31),
     "SOLVER.MAX_ITER": (1, 2**63),
     "SOLVER.BASE_LR": (0, 1e3),
     "SOLVER.MOMENTUM": (0, 1),
@@ -60,6 +64,8 @@ def add_ssod_config(cfg: CfgNode) -> None:
     ssod.FOCAL_GAMMA = 1.5
     # "SGD" (published recipes) or "AdamW" (short schedules from scratch).
     ssod.OPTIMIZER = "SGD"
+    # Iterations between two lines of metrics, each of which waits for the device.
+    ssod.LOG_PERIOD = 20
 
     ssod.FILTER = type(cfg)()
     # A class of `PSEUDO_LABEL_FILTER_REGISTRY`.
@@ -94,6 +100,24 @@ def add_ssod_config(cfg: CfgNode) -> None:
     data.MAX_FAILED_SHARE = 0.01
 
 
+def add_detectron2_config(cfg: CfgNode) -> None:
+    """Add the keys of `SSOD` that only the Detectron2 host has; needs `add_ssod_config`."""
+    ssod = cfg.SSOD
+    # What the model is in eval mode: "teacher" (once it has started) or "student".
+    ssod.EVAL_MODEL = "teacher"
+    # Precision with SOLVER.AMP.ENABLED: "float16" (Detectron2's) or "bfloat16".
+    ssod.AMP_DTYPE = "float16"
+    # Forward and backward passes that an iteration's batch is divided into, to save memory.
+    ssod.ACCUMULATE_STEPS = 1
+    # Training stops after so many iterations in a row without finite gradients. Those of fp16
+    # begin with some, until the loss scale fits.
+    ssod.MAX_SKIPPED_STEPS = 20
+    # Checkpoints to keep besides the best and the final one.
+    ssod.CHECKPOINTS_TO_KEEP = 3
+    # Names in `DatasetCatalog` of unlabeled images; DATASETS.TRAIN names the labeled ones.
+    ssod.DATA.UNLABELED = ()
+
+
 def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in node.items():
         if isinstance(value, dict):
@@ -104,8 +128,11 @@ def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _coerce(default: Any, value: Any) -> Any:
     """Return the value in the type of the default; raise TypeError if it has another."""
+    if default is None:
+        return value
     if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
-        return type(default)(_coerce(default[0], item) for item in value)
+        # Nothing tells of what type the items of an empty default are.
+        return type(default)(_coerce(default[0], item) if default else item for item in value)
     if isinstance(default, str) or type(value) is type(default):
         if type(value) is type(default):
             return value

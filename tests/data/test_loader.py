@@ -203,19 +203,33 @@ def test_too_many_failures_stop_the_training(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(9):
             counter.update(_batch(9, ["x.jpg"]))
+            counter.check()  # too few were drawn to tell
     assert len(caplog.messages) == 1
-    message = r"10 of 100 images drawn \(10\.0%\).* 2 files such as a\.jpg: .*MAX_FAILED_SHARE"
+    counter.update(_batch(9, ["a.jpg"]))
+    message = r"10 of 100 images drawn \(10\.0%\).* files such as a\.jpg: .*MAX_FAILED_SHARE"
     with pytest.raises(InputError, match=message):
-        counter.update(_batch(9, ["a.jpg"]))
+        counter.check()
+
+
+def test_failures_of_all_ranks_count_together():
+    counter = FailedImages(max_share=0.05)
+    counter.update(_batch(9, ["x.jpg"]))
+    counter.check(num_failed=5, num_drawn=100)
+    with pytest.raises(InputError, match="6 of 100"):
+        counter.check(num_failed=6, num_drawn=100)
+    with pytest.raises(InputError, match=r"6 of 100 images drawn \(6\.0%\) could not be decoded: "):
+        FailedImages(max_share=0.05).check(num_failed=6, num_drawn=100)  # none on this rank
 
 
 def test_few_failures_are_tolerated():
     counter = FailedImages(max_share=0.05)
     for _ in range(40):
         counter.update(_batch(38, ["x.jpg", "y.jpg"]))  # exactly the share
+        counter.check()
     counter = FailedImages(max_share=0.0)
     for _ in range(5):
         counter.update(_batch(40, []))
+        counter.check()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

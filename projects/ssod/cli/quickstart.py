@@ -23,11 +23,11 @@ from ssod.data.images import read_image
 from ssod.data.shapes import ShapesSpec
 from ssod.errors import InputError
 from ssod.evaluation.report import Curve, Panel, draw_report, format_table
+from ssod.hosts.inference import label_images
+from ssod.hosts.metric_log import LOG_NAME, read_metrics
 from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
 from ssod.hosts.torchvision.config import get_config
-from ssod.hosts.torchvision.inference import label_images
 from ssod.hosts.torchvision.loop import CONFIG_NAME, Trainer
-from ssod.hosts.torchvision.metric_log import LOG_NAME, read_metrics
 
 logger = logging.getLogger(__name__)
 

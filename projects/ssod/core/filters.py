@@ -36,6 +36,20 @@ class PseudoLabelFilter(nn.Module):
         raise NotImplementedError
 
 
+def build_filter(cfg: CfgNode, num_classes: int) -> PseudoLabelFilter:
+    """
+    Build the filter that `SSOD.FILTER.NAME` names.
+
+    Raises:
+        InputError: if no such filter is registered, or it refuses a key.
+    """
+    name = cfg.SSOD.FILTER.NAME
+    if name not in PSEUDO_LABEL_FILTER_REGISTRY:
+        known = sorted(name for name, _ in PSEUDO_LABEL_FILTER_REGISTRY)
+        raise InputError(f"SSOD.FILTER.NAME must be one of {known}, got {name!r}")
+    return PSEUDO_LABEL_FILTER_REGISTRY.get(name).from_config(cfg, num_classes)
+
+
 @PSEUDO_LABEL_FILTER_REGISTRY.register()
 class FixedThreshold(PseudoLabelFilter):
     """

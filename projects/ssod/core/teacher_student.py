@@ -7,19 +7,38 @@ Shape shorthand: N images, R boxes of one image, K foreground classes.
 from __future__ import annotations
 
 import copy
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from ssod.core.ema import update_ema
-from ssod.core.filters import PseudoLabelFilter
+from ssod.core.filters import PseudoLabelFilter, build_filter
 from ssod.core.interfaces import RegionDetector
 from ssod.core.structures import PseudoLabels, TwoStreamBatch, Views
 from ssod.errors import InputError
 
 BOX_LOSSES = ("loss_box_reg", "loss_rpn_loc")
 LabeledViews = Literal["both", "strong", "weak"]
+
+
+def arguments_from_config(cfg: CfgNode, num_classes: int) -> dict[str, Any]:
+    """
+    Read the arguments of `TeacherStudent`, all but the student, from `cfg.SSOD`.
+
+    Raises:
+        InputError: for a filter that does not exist or does not accept its keys.
+    """
+    ssod = cfg.SSOD
+    return {
+        "pseudo_label_filter": build_filter(cfg, num_classes),
+        "burn_in_iters": ssod.BURN_IN_ITERS,
+        "ema_decay": ssod.EMA_DECAY,
+        "unsup_loss_weight": ssod.UNSUP_LOSS_WEIGHT,
+        "unsup_box_losses": ssod.UNSUP_BOX_LOSSES,
+        "labeled_views": ssod.LABELED_VIEWS,
+    }
 
 
 class TeacherStudent(nn.Module):

@@ -1,4 +1,4 @@
-"""From `SSOD.DATA.*` to the data sets of a run."""
+"""From `SSOD.DATA.*` to the data sets of a run and its batches."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from fvcore.common.config import CfgNode
+from torch.utils.data import DataLoader
 
 from ssod.data.datasets import (
     DetectionDataset,
@@ -13,6 +14,7 @@ from ssod.data.datasets import (
     read_coco,
     read_image_folder,
 )
+from ssod.data.loader import build_two_stream_loader
 from ssod.data.splits import make_split
 from ssod.errors import InputError
 
@@ -49,34 +51,63 @@ def _read_unlabeled(cfg: CfgNode, labeled: DetectionDataset) -> DetectionDataset
 
 def load_run_data(cfg: CfgNode) -> RunData:
     """
-    Read, split and check the data sets that a config names.
+    Read, split and check the data sets that a config names by their files.
 
     Raises:
-        InputError: for a missing key or file, damaged data, classes that differ between the
-            labeled and the validation set, or images both labeled and unlabeled.
+        InputError: for a missing key or file, damaged data, and as `make_run_data`.
     """
-    data, num_classes = cfg.SSOD.DATA, cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    data = cfg.SSOD.DATA
     if not data.LABELED_JSON:
         raise InputError("SSOD.DATA.LABELED_JSON is empty; name a COCO JSON of labeled images")
     labeled = read_coco(
         data.LABELED_JSON, data.LABELED_IMAGES, skip_invalid_boxes=data.SKIP_INVALID_BOXES
     )
-    if labeled.num_classes != num_classes:
-        raise InputError(
-            f"{data.LABELED_JSON}: has {labeled.num_classes} categories, but "
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}; set it to {labeled.num_classes}"
-        )
     unlabeled = _read_unlabeled(cfg, labeled)
-    hidden_truth = None
+    hidden_truth = val = None
     if data.UNLABELED_TRUTH_JSON:
         hidden_truth = read_coco(
             data.UNLABELED_TRUTH_JSON, data.UNLABELED_IMAGES, skip_invalid_boxes=True
         )
+    if data.VAL_JSON:
+        val = read_coco(data.VAL_JSON, data.VAL_IMAGES, skip_invalid_boxes=True)
+    names = (data.LABELED_JSON, data.VAL_JSON, data.UNLABELED_TRUTH_JSON)
+    return make_run_data(cfg, RunData(labeled, unlabeled, val, hidden_truth), names)
+
+
+def make_run_data(cfg: CfgNode, sets: RunData, names: tuple[str, str, str]) -> RunData:
+    """
+    Split the labeled set if the config says so, and check that the sets fit together.
+
+    Args:
+        cfg: `SSOD.DATA.PERCENT` and `SPLIT_SEED` ask for a split.
+        sets: as they were read.
+        names: what to call the labeled set, the validation set and the hidden truth in errors.
+
+    Raises:
+        InputError: for a number of classes other than the model's, categories that differ, images
+            in two of the sets, and unlabeled images that are missing or that a split would add to.
+    """
+    data, num_classes = cfg.SSOD.DATA, cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    labeled, unlabeled, hidden_truth = sets.labeled, sets.unlabeled, sets.hidden_truth
+    if labeled.num_classes != num_classes:
+        raise InputError(
+            f"{names[0]}: has {labeled.num_classes} categories, but "
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}; set it to {labeled.num_classes}"
+        )
+    for name, other in ((names[1], sets.val), (names[2], hidden_truth)):
+        if other and (other.category_ids, other.class_names) != (
+            labeled.category_ids,
+            labeled.class_names,
+        ):
+            raise InputError(
+                f"{name}: its categories differ from those of {names[0]}; "
+                "both need the same ids and names"
+            )
     if data.PERCENT:
         if unlabeled is not None:
             raise InputError(
                 "SSOD.DATA.PERCENT splits the labeled set and cannot be combined with "
-                "SSOD.DATA.UNLABELED_IMAGES; set one of them"
+                "SSOD.DATA.UNLABELED_IMAGES or other unlabeled images; set one of them"
             )
         ids = set(make_split(labeled.image_ids, data.PERCENT, data.SPLIT_SEED))
         unlabeled = labeled.select([i for i in labeled.image_ids if i not in ids])
@@ -84,19 +115,8 @@ def load_run_data(cfg: CfgNode) -> RunData:
         labeled = labeled.select([i for i in labeled.image_ids if i in ids])
     if unlabeled is not None:
         check_disjoint(labeled, unlabeled)
-    val = None
-    if data.VAL_JSON:
-        val = read_coco(data.VAL_JSON, data.VAL_IMAGES, skip_invalid_boxes=True)
-        check_disjoint(labeled, val, "for validation")
-    for path, other in ((data.VAL_JSON, val), (data.UNLABELED_TRUTH_JSON, hidden_truth)):
-        if other and (other.category_ids, other.class_names) != (
-            labeled.category_ids,
-            labeled.class_names,
-        ):
-            raise InputError(
-                f"{path}: its categories differ from those of {data.LABELED_JSON}; "
-                "both need the same ids and names"
-            )
+    if sets.val is not None:
+        check_disjoint(labeled, sets.val, "for validation")
     if cfg.SSOD.UNSUP_LOSS_WEIGHT > 0 and data.UNLABELED_PER_BATCH == 0:
         raise InputError(
             "SSOD.DATA.UNLABELED_PER_BATCH must be at least 1 while SSOD.UNSUP_LOSS_WEIGHT is not 0"
@@ -111,6 +131,45 @@ def load_run_data(cfg: CfgNode) -> RunData:
         len(labeled),
         int(labeled.class_counts.sum()),
         len(unlabeled) if unlabeled else "no",
-        len(val) if val else "none",
+        len(sets.val) if sets.val else "none",
     )
-    return RunData(labeled, unlabeled, val, hidden_truth)
+    return RunData(labeled, unlabeled, sets.val, hidden_truth)
+
+
+def build_train_loader(
+    cfg: CfgNode,
+    data: RunData,
+    start_iter: int,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """
+    Build the loader of a run's batches from `start_iter` to the end; see `build_two_stream_loader`.
+
+    Raises:
+        InputError: for a value of `INPUT.RANDOM_FLIP` other than "horizontal" and "none".
+    """
+    if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
+        raise InputError(
+            f'INPUT.RANDOM_FLIP must be "horizontal" or "none", got {cfg.INPUT.RANDOM_FLIP!r}'
+        )
+    return build_two_stream_loader(
+        data.labeled,
+        data.unlabeled if cfg.SSOD.UNSUP_LOSS_WEIGHT > 0 else None,
+        labeled_batch=cfg.SOLVER.IMS_PER_BATCH,
+        unlabeled_batch=cfg.SSOD.DATA.UNLABELED_PER_BATCH,
+        burn_in_iters=cfg.SSOD.BURN_IN_ITERS,
+        seed=cfg.SEED,
+        start_iter=start_iter,
+        max_iter=cfg.SOLVER.MAX_ITER,
+        min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
+        max_size=cfg.INPUT.MAX_SIZE_TRAIN,
+        flip=cfg.INPUT.RANDOM_FLIP == "horizontal",
+        num_workers=cfg.DATALOADER.NUM_WORKERS,
+        rank=rank,
+        world_size=world_size,
+        pin_memory=pin_memory,
+        labeled_strong=cfg.SSOD.LABELED_VIEWS != "weak",
+    )

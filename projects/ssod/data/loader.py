@@ -104,7 +104,13 @@ def build_test_loader(
 
 
 class FailedImages:
-    """Counts the image files that could not be decoded in a training, on one rank."""
+    """
+    Counts the image files that could not be decoded in a training, on one rank.
+
+    Attributes:
+        num_failed: samples drawn that failed.
+        num_drawn: samples drawn.
+    """
 
     def __init__(self, max_share: float):
         """
@@ -115,30 +121,38 @@ class FailedImages:
         """
         self._max_share = max_share
         self._files: set[str] = set()
-        self._num_failed = 0
-        self._num_drawn = 0
+        self.num_failed = 0
+        self.num_drawn = 0
 
     def update(self, batch: TwoStreamBatch) -> None:
-        """
-        Count a batch and warn of each failing file once.
-
-        Raises:
-            InputError: if more than the allowed share failed, once 100 samples were drawn.
-        """
+        """Count a batch and warn of each failing file once."""
         for file_name in batch.failed:
             if file_name not in self._files:
                 logger.warning("%s cannot be decoded; another image replaces it", file_name)
                 self._files.add(file_name)
-        self._num_failed += len(batch.failed)
+        self.num_failed += len(batch.failed)
         num_used = len(batch.labeled) + (len(batch.unlabeled) if batch.unlabeled else 0)
-        self._num_drawn += num_used + len(batch.failed)
-        share = self._num_failed / self._num_drawn
-        if self._num_drawn >= _MIN_DRAWN and share > self._max_share:
+        self.num_drawn += num_used + len(batch.failed)
+
+    def check(self, num_failed: int | None = None, num_drawn: int | None = None) -> None:
+        """
+        Stop a training that loses too many images.
+
+        Args:
+            num_failed: summed over ranks, so that all of them stop together; None for this one's.
+            num_drawn: the same.
+
+        Raises:
+            InputError: if more than the allowed share failed, once 100 samples were drawn.
+        """
+        num_failed = self.num_failed if num_failed is None else num_failed
+        num_drawn = self.num_drawn if num_drawn is None else num_drawn
+        if num_drawn >= _MIN_DRAWN and num_failed > self._max_share * num_drawn:
+            examples = f", from files such as {min(self._files)}" if self._files else ""
             raise InputError(
-                f"{self._num_failed} of {self._num_drawn} images drawn ({share:.1%}) could not be "
-                f"decoded, from {len(self._files)} files such as {min(self._files)}: repair or "
-                "remove these files, or raise SSOD.DATA.MAX_FAILED_SHARE "
-                f"(now {self._max_share})"
+                f"{num_failed} of {num_drawn} images drawn ({num_failed / num_drawn:.1%}) could "
+                f"not be decoded{examples}: repair or remove these files, or raise "
+                f"SSOD.DATA.MAX_FAILED_SHARE (now {self._max_share})"
             )
 
 

@@ -14,7 +14,7 @@ from ssod.data.images import read_image
 from ssod.data.records import DetectionDataset, ImageRecord
 from ssod.data.views import make_test_view
 from ssod.evaluation.coco_metrics import coco_metrics
-from ssod.hosts.torchvision.inference import detect, label_images
+from ssod.hosts.inference import detect, label_images
 from ssod.hosts.torchvision.loop import Trainer
 from tiny_run import differences, read_lines, tiny_config
 

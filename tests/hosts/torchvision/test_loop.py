@@ -7,12 +7,14 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssod.config import merge_config
+from ssod.data.build import build_train_loader
 from ssod.errors import InputError
+from ssod.hosts.metric_log import LOG_NAME, read_metrics
 from ssod.hosts.torchvision.build import build_model, select_device
 from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
 from ssod.hosts.torchvision.config import get_config
 from ssod.hosts.torchvision.loop import CONFIG_NAME, Trainer
-from ssod.hosts.torchvision.metric_log import LOG_NAME, MetricLog, read_metrics
+from ssod.hosts.torchvision.metric_log import MetricLog
 from ssod.hosts.torchvision.solver import learning_rate
 from tiny_run import (
     BURN_IN_ITERS,
@@ -317,7 +319,7 @@ def test_momentum_of_the_config_beats_that_of_the_checkpoint(first_run, shapes, 
 def test_gradients_are_clipped_to_their_norm(shapes, output, monkeypatch):
     clip = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.01)
     trainer = Trainer(tiny_config(shapes, output, *clip, *SUPERVISED))
-    trainer._step(next(iter(trainer._loader(0))))
+    trainer._step(next(iter(build_train_loader(trainer.cfg, trainer.data, 0))))
     gradients = [p.grad for p in trainer.model.student.parameters() if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
     torch.testing.assert_close(norm, torch.tensor(0.01), rtol=1e-3, atol=0)
@@ -327,7 +329,7 @@ def test_mixed_precision_trains_close_to_fp32(shapes, output):
     losses = {}
     for amp in (False, True):
         trainer = Trainer(tiny_config(shapes, output, "SOLVER.AMP.ENABLED", amp, *SUPERVISED))
-        losses[amp] = trainer._step(next(iter(trainer._loader(0))))
+        losses[amp] = trainer._step(next(iter(build_train_loader(trainer.cfg, trainer.data, 0))))
         assert all(p.dtype == torch.float32 for p in trainer.model.student.parameters())
     torch.testing.assert_close(
         losses[True]["loss_rpn_cls"], losses[False]["loss_rpn_cls"], rtol=0.05, atol=0

@@ -15,8 +15,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY
-from ssod.core.teacher_student import TeacherStudent
+from ssod.core.teacher_student import TeacherStudent, arguments_from_config
 from ssod.errors import InputError
 from ssod.hosts.torchvision.adapter import TorchvisionRCNN
 from ssod.hosts.torchvision.checkpoint import load_detector_weights
@@ -137,20 +136,7 @@ def build_model(cfg: CfgNode) -> TeacherStudent:
     detector = build_detector(cfg)
     if cfg.MODEL.WEIGHTS:
         load_detector_weights(detector, cfg.MODEL.WEIGHTS)
-    ssod = cfg.SSOD
-    if ssod.FILTER.NAME not in PSEUDO_LABEL_FILTER_REGISTRY:
-        known = sorted(name for name, _ in PSEUDO_LABEL_FILTER_REGISTRY)
-        raise InputError(f"SSOD.FILTER.NAME must be one of {known}, got {ssod.FILTER.NAME!r}")
-    pseudo_label_filter = PSEUDO_LABEL_FILTER_REGISTRY.get(ssod.FILTER.NAME)
-    return TeacherStudent(
-        detector,
-        pseudo_label_filter.from_config(cfg, detector.num_classes),
-        burn_in_iters=ssod.BURN_IN_ITERS,
-        ema_decay=ssod.EMA_DECAY,
-        unsup_loss_weight=ssod.UNSUP_LOSS_WEIGHT,
-        unsup_box_losses=ssod.UNSUP_BOX_LOSSES,
-        labeled_views=ssod.LABELED_VIEWS,
-    )
+    return TeacherStudent(detector, **arguments_from_config(cfg, detector.num_classes))
 
 
 def select_device(cfg: CfgNode) -> torch.device:

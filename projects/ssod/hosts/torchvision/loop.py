@@ -18,37 +18,22 @@ from tqdm import tqdm
 
 from ssod.core.distributed import mean_over_ranks, seed_step
 from ssod.core.structures import TwoStreamBatch
-from ssod.data.build import RunData, load_run_data
+from ssod.data.build import RunData, build_train_loader, load_run_data
 from ssod.data.datasets import DetectionDataset
-from ssod.data.images import is_readable
-from ssod.data.loader import FailedImages, build_two_stream_loader
+from ssod.data.loader import FailedImages
 from ssod.errors import InputError
 from ssod.evaluation.coco_metrics import coco_metrics
-from ssod.evaluation.pseudo_labels import pseudo_label_quality
+from ssod.hosts.checkpoint import load_matching, read_checkpoint
+from ssod.hosts.inference import detect
+from ssod.hosts.monitor import choose_monitored, monitor_pseudo_labels
 from ssod.hosts.torchvision.build import build_model, select_device
-from ssod.hosts.torchvision.checkpoint import (
-    CHECKPOINT_NAME,
-    load_matching,
-    read_checkpoint,
-    save_checkpoint,
-)
-from ssod.hosts.torchvision.inference import detect, label_images
+from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME, save_checkpoint
 from ssod.hosts.torchvision.metric_log import MetricLog, read_evaluation
 from ssod.hosts.torchvision.solver import build_optimizer, learning_rate
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
-LOG_PERIOD = 20  # iterations between two lines of metrics, each of which waits for the device
-MONITORED_IMAGES = 100  # unlabeled images whose pseudo-labels are compared with hidden truth
-
-
-def _flips(cfg: CfgNode) -> bool:
-    if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
-        raise InputError(
-            f'INPUT.RANDOM_FLIP must be "horizontal" or "none", got {cfg.INPUT.RANDOM_FLIP!r}'
-        )
-    return cfg.INPUT.RANDOM_FLIP == "horizontal"
 
 
 class Trainer:
@@ -129,13 +114,17 @@ class Trainer:
         results: dict[str, float] = {}
         seconds = {"time/data": 0.0, "time/step": 0.0}
         logged = self.model.iteration
+        pin_memory = self.device.type == "cuda"
+        loader = build_train_loader(self.cfg, self.data, logged, pin_memory=pin_memory)
         with self._progress_bar(title) as progress:
             previous = time.perf_counter()
-            for batch in self._loader(self.model.iteration):
+            for batch in loader:
                 fetched = time.perf_counter()
                 losses = self._step(batch)
                 # Reading waits for the device, so it comes before the clock is read.
-                values = self._read_metrics(losses) if self._is_due(LOG_PERIOD) else {}
+                values = (
+                    self._read_metrics(losses) if self._is_due(self.cfg.SSOD.LOG_PERIOD) else {}
+                )
                 now = time.perf_counter()
                 seconds["time/data"] += fetched - previous
                 seconds["time/step"] += now - previous
@@ -178,25 +167,6 @@ class Trainer:
         at_end = done >= self.cfg.SOLVER.MAX_ITER
         return at_end or (done > 0 and period > 0 and done % period == 0)
 
-    def _loader(self, start_iter: int) -> torch.utils.data.DataLoader:
-        cfg = self.cfg
-        return build_two_stream_loader(
-            self.data.labeled,
-            self.data.unlabeled if cfg.SSOD.UNSUP_LOSS_WEIGHT > 0 else None,
-            labeled_batch=cfg.SOLVER.IMS_PER_BATCH,
-            unlabeled_batch=cfg.SSOD.DATA.UNLABELED_PER_BATCH,
-            burn_in_iters=cfg.SSOD.BURN_IN_ITERS,
-            seed=cfg.SEED,
-            start_iter=start_iter,
-            max_iter=cfg.SOLVER.MAX_ITER,
-            min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
-            max_size=cfg.INPUT.MAX_SIZE_TRAIN,
-            flip=_flips(cfg),
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
-            pin_memory=self.device.type == "cuda",
-            labeled_strong=cfg.SSOD.LABELED_VIEWS != "weak",
-        )
-
     def _step(self, batch: TwoStreamBatch) -> dict[str, Tensor]:
         """One optimizer step; returns detached losses."""
         self.failed.update(batch)
@@ -216,6 +186,7 @@ class Trainer:
 
     def _read_metrics(self, losses: dict[str, Tensor]) -> dict[str, float]:
         """Copy losses and metrics to the host; waits for the device."""
+        self.failed.check()
         values = mean_over_ranks(losses | self.model.metrics)
         values["total_loss"] = sum(values[name] for name in losses)
         values["lr"] = self.optimizer.param_groups[0]["lr"]
@@ -256,34 +227,9 @@ class Trainer:
             path.write_text(json.dumps(results))
             values = coco_metrics(self.cfg.SSOD.DATA.VAL_JSON, results)
             metrics |= {f"{name}/{key}": value for key, value in values.items()}
-        return metrics | self._monitor_pseudo_labels()
+        quality = monitor_pseudo_labels(self.model, self._monitored, self.cfg, self.device)
+        return metrics | quality
 
     @cached_property
     def _monitored(self) -> DetectionDataset | None:
-        """Some unlabeled images with hidden truth; like training, it tolerates broken ones."""
-        truth = self.data.hidden_truth
-        if truth is None:
-            return None
-        first = (truth[i] for i in range(min(MONITORED_IMAGES, len(truth))))
-        return truth.select([record.image_id for record in first if is_readable(record.file_name)])
-
-    def _monitor_pseudo_labels(self) -> dict[str, float]:
-        """Compare pseudo-labels with the hidden truth of some unlabeled images."""
-        images = self._monitored
-        if not images or not self.model.teacher_started:
-            return {}
-        labeled = label_images(self.model, images, self.cfg, self.device)
-        quality = pseudo_label_quality(
-            [found.boxes for _, found in labeled],
-            [found.scores for _, found in labeled],
-            [found.classes for _, found in labeled],
-            [torch.from_numpy(record.boxes) for record, _ in labeled],
-            [torch.from_numpy(record.classes) for record, _ in labeled],
-            images.num_classes,
-        )
-        return {
-            "pseudo/precision": quality.precision,
-            "pseudo/recall": quality.recall,
-            "pseudo/boxes_per_image": quality.num_per_image,
-            "pseudo/true_boxes_per_image": quality.true_per_image,
-        }
+        return choose_monitored(self.data.hidden_truth)

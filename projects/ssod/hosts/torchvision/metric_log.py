@@ -3,23 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-LOG_NAME = "metrics.json"
-
-
-def read_metrics(output_dir: str | Path) -> list[dict[str, float]]:
-    """
-    Read the lines of a run's `metrics.json`, each with its `iteration`; empty if none exists.
-
-    The end of a line that an interruption cut off is left out.
-    """
-    path = Path(output_dir) / LOG_NAME
-    complete = path.read_text().rpartition("\n")[0] if path.exists() else ""
-    return [json.loads(line) for line in complete.splitlines()]
+from ssod.hosts.metric_log import LOG_NAME, read_metrics, truncate_metrics
 
 
 def read_evaluation(output_dir: str | Path, iteration: int) -> dict[str, float]:
@@ -41,12 +29,8 @@ class MetricLog:
     """
 
     def __init__(self, output_dir: Path, iteration: int):
-        kept = [line for line in read_metrics(output_dir) if line["iteration"] <= iteration]
-        path = output_dir / LOG_NAME
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(partial, path)
-        self._file = path.open("a", buffering=1)
+        truncate_metrics(output_dir, iteration)
+        self._file = (output_dir / LOG_NAME).open("a", buffering=1)
         self._events = SummaryWriter(output_dir, purge_step=iteration + 1)
 
     def write(self, iteration: int, values: dict[str, float]) -> None:

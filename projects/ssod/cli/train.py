@@ -30,6 +30,21 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="evaluate the run in OUTPUT_DIR, or else MODEL.WEIGHTS, without training",
     )
+    machines = parser.add_argument_group("several GPUs (Detectron2 host)")
+    machines.add_argument(
+        "--num-gpus", type=int, default=1, metavar="N", help="processes on this machine, one a GPU"
+    )
+    machines.add_argument("--num-machines", type=int, default=1, metavar="N", help="machines")
+    machines.add_argument(
+        "--machine-rank", type=int, default=0, metavar="N", help="number of this machine, from 0"
+    )
+    machines.add_argument(
+        "--dist-url",
+        default="auto",
+        metavar="URL",
+        help="tcp://HOST:PORT of machine 0; one machine finds a free port. torchrun's environment "
+        "variables take the place of these four options",
+    )
     parser.add_argument(
         "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
     )
@@ -48,6 +63,11 @@ def train_torchvision(args: argparse.Namespace) -> None:
     from ssod.hosts.torchvision.config import get_config
     from ssod.hosts.torchvision.loop import Trainer
 
+    if args.num_gpus != 1 or args.num_machines != 1:
+        raise InputError(
+            "SSOD.HOST torchvision trains in one process; --num-gpus and --num-machines are for "
+            "SSOD.HOST detectron2"
+        )
     cfg = merge_config(get_config(), args.config_file, args.opts)
     cfg.freeze()
     trainer = Trainer(cfg, resume=args.resume or args.eval_only)
@@ -67,13 +87,25 @@ def train_torchvision(args: argparse.Namespace) -> None:
         print(format_results(results))
 
 
+def train_detectron2(args: argparse.Namespace) -> None:
+    """Train or evaluate on the Detectron2 host."""
+    try:
+        from ssod.hosts.detectron2 import launch
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"SSOD.HOST detectron2 needs the module {error.name}: install the extra with "
+            "`uv sync --extra detectron2`"
+        ) from error
+    launch.run(args)
+
+
 def run(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and run on the host that the config names."""
     args = build_parser().parse_args(argv)
-    host = read_host(args.config_file, args.opts)
-    if host == "detectron2":
-        raise InputError("SSOD.HOST detectron2 does not exist yet; set it to torchvision")
-    train_torchvision(args)
+    if read_host(args.config_file, args.opts) == "detectron2":
+        train_detectron2(args)
+    else:
+        train_torchvision(args)
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ Boxes are absolute XYXY pixels of the image they were found in; the background i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
@@ -318,8 +318,10 @@ class TwoStreamBatch(TensorFields):
         labeled: with targets.
         unlabeled: without, None while the iteration uses no unlabeled image.
         failed: files that could not be decoded and were replaced while making this batch.
+        file_names: of the images, labeled ones first, for messages.
     """
 
     labeled: Views
     unlabeled: Views | None
     failed: list[str]
+    file_names: list[str] = field(default_factory=list)

@@ -170,6 +170,7 @@ def _collate(samples: list[TrainingSample], num_classes: int) -> TwoStreamBatch:
         labeled=_make_batch(labeled, [targets[a:b] for a, b in zip(starts, ends, strict=True)]),
         unlabeled=_make_batch(unlabeled, None) if unlabeled else None,
         failed=[file_name for sample in samples for file_name in sample.failed],
+        file_names=[sample.file_name for sample in labeled + unlabeled],
     )
 
 

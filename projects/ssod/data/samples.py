@@ -37,6 +37,7 @@ class TrainingSample:
         boxes: (M, 4) float32 pixels of the views.
         classes: (M,) int64.
         image_id: of the image used.
+        file_name: the same.
         failed: files that could not be decoded before one could.
     """
 
@@ -46,6 +47,7 @@ class TrainingSample:
     boxes: Tensor
     classes: Tensor
     image_id: int | str
+    file_name: str
     failed: list[str]
 
 
@@ -106,7 +108,8 @@ class TwoStreamDataset(Dataset):
             **self._view_args,
         )
         classes = torch.from_numpy(record.classes)
-        return TrainingSample(stream, weak, strong, boxes, classes, record.image_id, failed)
+        source = (record.image_id, record.file_name)
+        return TrainingSample(stream, weak, strong, boxes, classes, *source, failed)
 
 
 @dataclass

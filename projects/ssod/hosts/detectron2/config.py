@@ -76,6 +76,10 @@ def check_config(cfg: CfgNode) -> None:
     ):
         if cfg.SSOD[key] not in known:
             raise InputError(f"SSOD.{key} must be one of {list(known)}, got {cfg.SSOD[key]!r}")
+    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
+        raise InputError(
+            f"SOLVER.CHECKPOINT_PERIOD must be at least 1, got {cfg.SOLVER.CHECKPOINT_PERIOD}"
+        )
     try:
         torch.empty(1, device=cfg.MODEL.DEVICE)
     except (RuntimeError, AssertionError, ImportError) as error:

@@ -1,0 +1,143 @@
+"""From a command line to one process a GPU, each with its `Run`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.engine import default_setup, launch
+from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch.multiprocessing import ProcessExitedException
+
+from ssod.config import merge_config
+from ssod.core.distributed import get_rank, get_world_size
+from ssod.errors import InputError
+from ssod.evaluation.report import format_table
+from ssod.hosts.detectron2.config import get_config, scale_to_world_size
+from ssod.hosts.detectron2.run import Run, find_checkpoint, is_run_checkpoint
+
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def run(args: argparse.Namespace) -> None:
+    """
+    Train or evaluate with as many processes as the arguments or torchrun's variables ask for.
+
+    Without GPUs the processes use gloo and one CPU.
+
+    Args:
+        args: of `train_net.py`.
+
+    Raises:
+        InputError: for more processes than GPUs; and as `Run`, if there is one process.
+        SystemExit: with the status of a process that failed, which has said why.
+    """
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        _join_torchrun()
+        _work(args)
+        return
+    num_visible = torch.cuda.device_count()
+    if args.num_gpus < 1 or (num_visible and args.num_gpus > num_visible):
+        raise InputError(
+            f"--num-gpus must be at least 1 and at most the {num_visible} GPUs of this machine, "
+            f"got {args.num_gpus}"
+        )
+    if args.num_machines > 1 and args.dist_url == "auto":
+        raise InputError("--num-machines above 1 needs --dist-url tcp://HOST:PORT of machine 0")
+    try:
+        launch(
+            _work,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ProcessExitedException as error:
+        sys.exit(error.exit_code)
+
+
+def _join_torchrun() -> None:
+    """Do what Detectron2's launcher does, in a process that torchrun has started."""
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=DEFAULT_TIMEOUT)
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
+def _work(args: argparse.Namespace) -> None:
+    """Work as one of the processes."""
+    try:
+        main(args)
+    except InputError as error:
+        if get_world_size() == 1:
+            raise
+        # Bad input mostly fails on all ranks; the others are ended with the first to exit.
+        if get_rank() > 0:
+            time.sleep(5)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train or evaluate in this process, and print the results on the main one."""
+    cfg = merge_config(get_config(), args.config_file, args.opts)
+    cfg = scale_to_world_size(cfg, get_world_size())
+    checkpoint = _choose_checkpoint(cfg, args)
+    cfg.freeze()
+    if not args.eval_only:
+        default_setup(cfg, args)
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=get_rank(), name="ssod")
+    run = Run(cfg, checkpoint)
+    results = run.evaluate() if args.eval_only else run.train()
+    if not comm.is_main_process():
+        return
+    if args.eval_only and not results:
+        raise InputError("--eval-only needs a test set; set SSOD.DATA.VAL_JSON or DATASETS.TEST")
+    if results:
+        print(format_results(results))
+
+
+def _choose_checkpoint(cfg: CfgNode, args: argparse.Namespace) -> str:
+    """Return the checkpoint of a run to continue or evaluate, "" to start from MODEL.WEIGHTS."""
+    last = find_checkpoint(cfg.OUTPUT_DIR)
+    if not args.eval_only:
+        if last and not args.resume:
+            raise InputError(
+                f"{last} is of an earlier run; continue it with --resume, or choose another "
+                "OUTPUT_DIR"
+            )
+        return last
+    # Recipes name weights to start from, so only those of the command line are meant.
+    if "MODEL.WEIGHTS" in args.opts[::2] and not args.resume:
+        return cfg.MODEL.WEIGHTS if is_run_checkpoint(cfg.MODEL.WEIGHTS) else ""
+    if not last:
+        raise InputError(
+            f"--eval-only found no checkpoint in {cfg.OUTPUT_DIR}; set OUTPUT_DIR to that of a "
+            "run, or add MODEL.WEIGHTS FILE"
+        )
+    return last
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """Format nested results as a table, one row for each of teacher and student and measure."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for model in ("teacher", "student"):
+        for name, value in flatten_results_dict(results.get(model, {})).items():
+            measure, _, column = name.rpartition("/")
+            row = rows.setdefault((model, measure), {"model": model, "measure": measure})
+            row[column] = value
+    columns = [c for c in COLUMNS if any(c in row for row in rows.values())]
+    complete = [dict.fromkeys(columns, "") | row for row in rows.values()]
+    return format_table(complete, ["model", "measure", *columns])

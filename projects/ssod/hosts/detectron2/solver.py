@@ -1,0 +1,82 @@
+"""Optimizer and gradient clipping, with Detectron2's keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import get_default_optimizer_params
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_
+
+from ssod.errors import InputError
+
+Clipper = Callable[[Sequence[nn.Parameter], Tensor], None]
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """
+    Build `SSOD.OPTIMIZER` over what is trainable, in Detectron2's parameter groups.
+
+    The fused kernels are used because they skip a step on the device, without asking the host
+    whether gradients are finite.
+
+    Raises:
+        InputError: for an optimizer that does not exist.
+    """
+    solver = cfg.SOLVER
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    shared = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "fused": True}
+    if cfg.SSOD.OPTIMIZER == "SGD":
+        optimizer = torch.optim.SGD(
+            groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **shared
+        )
+        # The fused kernel leaves the buffers of a skipped first step uninitialised. From zero,
+        # the first step is the same: dampening is 0.
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
+    if cfg.SSOD.OPTIMIZER == "AdamW":
+        return torch.optim.AdamW(groups, **shared)
+    raise InputError(f'SSOD.OPTIMIZER must be "SGD" or "AdamW", got {cfg.SSOD.OPTIMIZER!r}')
+
+
+def build_clipper(cfg: CfgNode) -> Clipper | None:
+    """
+    Return the function that clips gradients in place, None if they are not to be clipped.
+
+    `SOLVER.CLIP_GRADIENTS.CLIP_TYPE` is one of Detectron2's, "value" for each element and "norm"
+    for each parameter, or "full_model" for the norm of all parameters together. The function takes
+    the parameters and the norm of all their gradients.
+
+    Raises:
+        InputError: for another type.
+    """
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    if not clip.ENABLED:
+        return None
+    if clip.CLIP_TYPE == "full_model":
+        return lambda parameters, norm: clip_grads_with_norm_(parameters, clip.CLIP_VALUE, norm)
+    clippers = {
+        "value": partial(clip_grad_value_, clip_value=clip.CLIP_VALUE),
+        "norm": partial(clip_grad_norm_, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE),
+    }
+    if clip.CLIP_TYPE not in clippers:
+        raise InputError(
+            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE must be one of {[*clippers, 'full_model']}, "
+            f"got {clip.CLIP_TYPE!r}"
+        )
+
+    def clip_each(parameters: Sequence[nn.Parameter], norm: Tensor) -> None:
+        for parameter in parameters:
+            clippers[clip.CLIP_TYPE](parameter)
+
+    return clip_each

@@ -1,0 +1,242 @@
+"""The training step on Detectron2: a `SimpleTrainer` for Detectron2's hooks."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from ssod.core.distributed import get_world_size, mean_over_ranks, seed_step
+from ssod.core.structures import TwoStreamBatch, Views
+from ssod.data.loader import FailedImages
+from ssod.errors import InputError
+from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
+from ssod.hosts.detectron2.solver import Clipper
+
+# `TrainerBase.train` logs a traceback of whatever ends it; an input error is told in one line.
+logging.getLogger("detectron2.engine.train_loop").addFilter(
+    lambda record: not (record.exc_info and isinstance(record.exc_info[1], InputError))
+)
+
+
+class TeacherStudentTrainer(SimpleTrainer):
+    """
+    One optimizer step an iteration, with mixed precision, accumulation and a non-finite guard.
+
+    Nothing here waits for the device except every `log_period` iterations, when the metrics of all
+    of them are reduced over ranks and copied to the host together. A step whose gradients are not
+    finite is skipped on the device; the iteration counts, the EMA included.
+
+    Args:
+        model: `TeacherStudentRCNN`, or one in `DistributedDataParallel`.
+        data_loader: of `TwoStreamBatch`, from the model's iteration on.
+        optimizer: a fused one; see `ssod.hosts.detectron2.solver`.
+        seed: the draws of an iteration depend on it, the iteration and the rank alone.
+        log_period: iterations between two lines of metrics.
+        max_skipped_steps: steps skipped in a row after which training stops.
+        failed: counts images that cannot be decoded.
+        amp_dtype: autocast to it; None for fp32. Losses are scaled for fp16.
+        accumulate_steps: parts that a batch is divided into; the loss is their mean.
+        clipper: clips the gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data_loader: Iterable[TwoStreamBatch],
+        optimizer: torch.optim.Optimizer,
+        *,
+        seed: int,
+        log_period: int,
+        max_skipped_steps: int,
+        failed: FailedImages,
+        amp_dtype: torch.dtype | None = None,
+        accumulate_steps: int = 1,
+        clipper: Clipper | None = None,
+    ):
+        super().__init__(model, data_loader, optimizer)
+        is_parallel = isinstance(model, DistributedDataParallel)
+        self.teacher_student: TeacherStudentRCNN = model.module if is_parallel else model
+        self.seed = seed
+        self.log_period = log_period
+        self.max_skipped_steps = max_skipped_steps
+        self.failed = failed
+        self.amp_dtype = amp_dtype
+        self.accumulate_steps = accumulate_steps
+        self.clipper = clipper
+        self._device = self.teacher_student.device.type
+        # In other precisions the scaler only does what it does for steps that are not finite.
+        scale = {} if self._scales_losses else {"init_scale": 1.0}
+        self.grad_scaler = torch.amp.GradScaler(self._device, **scale)
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._window: dict[str, list[Tensor]] = defaultdict(list)
+        self._finite: list[Tensor] = []
+        self._file_names: list[list[str]] = []
+        self._data_seconds = 0.0
+        self.num_skipped = self.num_skipped_in_row = 0
+
+    @property
+    def _scales_losses(self) -> bool:
+        return self.amp_dtype == torch.float16
+
+    def run_step(self) -> None:
+        """
+        Train on one batch.
+
+        Raises:
+            InputError: at a log line, if too many steps in a row were skipped or too many images
+                could not be decoded; on all ranks together.
+        """
+        start = time.perf_counter()
+        batch = next(self._data_loader_iter)
+        self._data_seconds += time.perf_counter() - start
+        self.failed.update(batch)
+        self._file_names.append(batch.file_names)
+        seed_step(self.seed, self.iter)
+        self.optimizer.zero_grad()
+        parts = split_batch(batch, self.accumulate_steps)
+        for index, part in enumerate(parts):
+            self._backward(part, is_last=index == len(parts) - 1)
+        self.after_backward()
+        self._step()
+        self.teacher_student.after_step()
+        if (self.iter + 1) % self.log_period == 0 or self.iter + 1 == self.max_iter:
+            self._write_window()
+
+    def _backward(self, part: TwoStreamBatch, is_last: bool) -> None:
+        is_parallel = isinstance(self.model, DistributedDataParallel)
+        # Gradients are reduced over ranks once, with the last part.
+        sync = self.model.no_sync() if is_parallel and not is_last else contextlib.nullcontext()
+        autocast = torch.autocast(self._device, self.amp_dtype, enabled=self.amp_dtype is not None)
+        with sync:
+            with autocast:
+                losses = self.model(part)
+            total = sum(losses.values())
+            self.grad_scaler.scale(total / self.accumulate_steps).backward()
+        values = losses | {"total_loss": total} | self.teacher_student.metrics
+        for name, value in values.items():
+            self._window[name].append(value.detach())
+
+    def _step(self) -> None:
+        self.grad_scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = get_total_norm(gradients)
+        if self.clipper is not None:
+            self.clipper(self._parameters, norm)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update(None if self._scales_losses else 1.0)
+        self._window["grad_norm"].append(norm)
+        self._finite.append(norm.isfinite())
+
+    def _write_window(self) -> None:
+        """Reduce what was collected since the last call, copy it to the host, and log it."""
+        tensor = self._finite[0].new_tensor
+        values = {name: _finite_mean(torch.stack(v)) for name, v in self._window.items()}
+        values |= {f"finite/{i}": flag for i, flag in enumerate(self._finite)}
+        counts = {
+            "data_time": self._data_seconds / len(self._finite),
+            "images/failed": self.failed.num_failed,
+            "images/drawn": self.failed.num_drawn,
+        }
+        values |= {k: tensor(v, dtype=torch.float64) for k, v in counts.items()}
+        mean = mean_over_ranks(values)
+        finite = [mean.pop(f"finite/{i}") == 1 for i in range(len(self._finite))]
+        num_failed, num_drawn = (
+            round(mean.pop(f"images/{name}") * get_world_size()) for name in ("failed", "drawn")
+        )
+        self._count_skipped(finite)
+        mean["skipped_steps"] = self.num_skipped
+        if self._scales_losses:
+            mean["grad_scale"] = self.grad_scaler.get_scale()
+        if comm.is_main_process():
+            self.storage.put_scalars(smoothing_hint=False, **mean)
+        self._window.clear()
+        self._finite.clear()
+        self._file_names.clear()
+        self._data_seconds = 0.0
+        self.failed.check(num_failed, num_drawn)
+
+    def _count_skipped(self, finite: Sequence[bool]) -> None:
+        for index, is_finite in enumerate(finite):
+            self.num_skipped += not is_finite
+            self.num_skipped_in_row = 0 if is_finite else self.num_skipped_in_row + 1
+            if self.num_skipped_in_row >= self.max_skipped_steps:
+                iteration = self.iter + 1 - len(finite) + index
+                raise InputError(
+                    f"iteration {iteration}: the gradients of {self.num_skipped_in_row} steps in a "
+                    "row were not finite (SSOD.MAX_SKIPPED_STEPS); the last checkpoint is kept. "
+                    "Lower SOLVER.BASE_LR, set SOLVER.CLIP_GRADIENTS.ENABLED True, or look at the "
+                    f"images of this step: {', '.join(self._file_names[index])}"
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Add the loss scale, and which optimizer the state is of."""
+        return super().state_dict() | {
+            "grad_scaler": self.grad_scaler.state_dict(),
+            "optimizer_name": type(self.optimizer).__name__,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """
+        Restore what `state_dict` returned.
+
+        Raises:
+            InputError: for the state of another optimizer, or for other parameters.
+        """
+        name = type(self.optimizer).__name__
+        if state_dict.get("optimizer_name") != name:
+            raise InputError(
+                f"the checkpoint's optimizer is {state_dict.get('optimizer_name')}, but "
+                f"SSOD.OPTIMIZER asks for {name}: set it as it was"
+            )
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError as error:
+            raise InputError(f"the checkpoint's optimizer does not fit: {error}") from error
+        # An empty state is that of a run without loss scaling.
+        if self._scales_losses and state_dict["grad_scaler"]["scale"] != 1.0:
+            self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+
+
+def split_batch(batch: TwoStreamBatch, parts: int) -> list[TwoStreamBatch]:
+    """
+    Divide both streams of a batch into equal parts, in order.
+
+    Raises:
+        ValueError: if a stream cannot be divided evenly.
+    """
+    labeled = _split_views(batch.labeled, parts)
+    unlabeled = _split_views(batch.unlabeled, parts) if batch.unlabeled else [None] * parts
+    return [TwoStreamBatch(a, b, []) for a, b in zip(labeled, unlabeled, strict=True)]
+
+
+def _split_views(views: Views, parts: int) -> list[Views]:
+    if len(views) % parts:
+        raise ValueError(f"{len(views)} images cannot be divided into {parts} equal parts")
+    size = len(views) // parts
+    slices = [slice(start, start + size) for start in range(0, len(views), size)]
+    return [
+        Views(
+            views.weak[s],
+            views.strong[s],
+            None if views.targets is None else views.targets[s],
+            views.image_ids[s],
+        )
+        for s in slices
+    ]
+
+
+def _finite_mean(values: Tensor) -> Tensor:
+    """Mean of the finite ones, nan if there are none."""
+    finite = values.isfinite()
+    return values.where(finite, 0).sum() / finite.sum()

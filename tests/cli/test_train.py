@@ -1,6 +1,7 @@
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -50,18 +51,26 @@ def test_help_mentions_every_option(capsys):
         assert option in text
 
 
+DETECTRON2_ERROR = (
+    ("command line: SEED must be in",)
+    if find_spec("detectron2")
+    else ("SSOD.HOST detectron2 needs the module detectron2", "uv sync --extra detectron2")
+)
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
         (("--config-file", "nowhere.yaml"), ("nowhere.yaml", "config file not found")),
         (("SOLVER.MAX_ITERS", "3"), ("unknown key SOLVER.MAX_ITERS", "SOLVER.MAX_ITER?")),
         (("SOLVER.MAX_ITER",), ("KEY VALUE pairs",)),
-        (("SSOD.HOST", "detectron2"), ("SSOD.HOST", "torchvision")),
+        (("SSOD.HOST", "detectron2", "SEED", "-1"), DETECTRON2_ERROR),
+        (("--num-gpus", "2"), ("--num-gpus", "torchvision trains in one process")),
         (("SSOD.HOST", "keras"), ("SSOD.HOST must be", "'keras'")),
         (("SSOD.DATA.LABELED_JSON", "nowhere.json"), ("nowhere.json: annotation file not found",)),
         ((), ("SSOD.DATA.LABELED_JSON is empty",)),
     ],
-    ids=["config", "key", "odd", "detectron2", "host", "data", "no data"],
+    ids=["config", "key", "odd", "detectron2", "gpus", "host", "data", "no data"],
 )
 def test_bad_input_is_one_line_on_stderr(run, args, parts):
     _assert_one_line_error(run(*args), *parts)

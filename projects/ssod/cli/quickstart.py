@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
+from types import ModuleType
 
 import numpy as np
 from fvcore.common.config import CfgNode
 
 from ssod.cli.shapes import add_spec_arguments, make_shapes
-from ssod.config import merge_config
+from ssod.config import merge_config, read_host
 from ssod.core.structures import PseudoLabels
 from ssod.data.datasets import DetectionDataset, ImageRecord
 from ssod.data.images import read_image
 from ssod.data.shapes import ShapesSpec
 from ssod.errors import InputError
 from ssod.evaluation.report import Curve, Panel, draw_report, format_table
+from ssod.hosts.experiment import FinishedRun
 from ssod.hosts.inference import label_images
-from ssod.hosts.metric_log import LOG_NAME, read_metrics
-from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
-from ssod.hosts.torchvision.config import get_config
-from ssod.hosts.torchvision.loop import CONFIG_NAME, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +38,7 @@ METRICS = ("AP", "AP50", "AP_S", "AP_M", "AP_L")
 COLUMNS = ("trained on Shapes", *METRICS, "min", "images/s")
 SHOWN_SCORE = 0.5  # predictions below it are left out of the picture
 Row = dict[str, str | float]
+Log = list[dict[str, float]]
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -111,9 +109,11 @@ def run_experiment(config: str, opts: Sequence[str], output: Path, spec: ShapesS
         if key in reserved:
             raise InputError(f"{key} is the quickstart's own; use {reserved[key]} instead")
 
+    host = _import_host(read_host(config, opts))
+
     def configure(run: str, *extra: str | int) -> CfgNode:
         keys = data_keys + ["SEED", spec.seed, "OUTPUT_DIR", output / run, *opts, *extra]
-        cfg = merge_config(get_config(), config, [str(key) for key in keys])
+        cfg = merge_config(host.get_config(), config, [str(key) for key in keys])
         cfg.freeze()
         return cfg
 
@@ -127,24 +127,39 @@ def run_experiment(config: str, opts: Sequence[str], output: Path, spec: ShapesS
     _check_spec(output, spec)
     make_shapes(shapes, spec)
     no_unlabeled = ("SSOD.UNSUP_LOSS_WEIGHT", 0)
-    _train(configure("burn_in", "SOLVER.MAX_ITER", burn_in_iters, *no_unlabeled), "1/3 burn-in")
+    host.train(configure("burn_in", "SOLVER.MAX_ITER", burn_in_iters, *no_unlabeled), "1/3 burn-in")
     # Both runs continue from the same weights, optimizer and position in the labeled data.
     for run in ("supervised", "semi_supervised"):
-        _branch(output / "burn_in", output / run)
-    results = {}
-    _, results["supervised"] = _train(configure("supervised", *no_unlabeled), "2/3 supervised")
-    trainer, results["semi_supervised"] = _train(
-        configure("semi_supervised"), "3/3 semi-supervised"
-    )
+        host.branch(output / "burn_in", output / run)
+    configs = {
+        "supervised": configure("supervised", *no_unlabeled),
+        "semi_supervised": configure("semi_supervised"),
+    }
+    control = host.train(configs["supervised"], "2/3 supervised")
+    finished = host.train(configs["semi_supervised"], "3/3 semi-supervised")
+    results = {"supervised": control.results, "semi_supervised": finished.results}
+    logs = {run: host.read_log(configs[run]) for run in configs}
     rows = [
         {COLUMNS[0]: title}
         | {name: results[run][f"{model}/{name}"] for name in METRICS}
-        | _speed(output / run, trainer.cfg, semi_supervised=run == "semi_supervised")
+        | _speed(logs[run], configs[run])
         for title, run, model in ROWS
     ]
     (output / "results.json").write_text(json.dumps(rows, indent=1))
-    _draw(output, trainer, rows)
+    predictions = host.predictions_file(output / "semi_supervised", "teacher")
+    _draw(output, configs["semi_supervised"], finished, predictions, logs, rows)
     return rows
+
+
+def _import_host(name: str) -> ModuleType:
+    """Import the host's part of the experiment; see `ssod.hosts.experiment`."""
+    try:
+        return importlib.import_module(f"ssod.hosts.{name}.experiment")
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"SSOD.HOST {name} needs the module {error.name}: install the extra with "
+            f"`uv sync --extra {name}`"
+        ) from error
 
 
 def _check_spec(output: Path, spec: ShapesSpec) -> None:
@@ -187,61 +202,44 @@ def _data_keys(shapes: Path) -> list[str | Path]:
     return [*keys, "SSOD.DATA.UNLABELED_TRUTH_JSON", truth]
 
 
-def _train(cfg: CfgNode, title: str) -> tuple[Trainer, dict[str, float]]:
-    written = Path(cfg.OUTPUT_DIR) / CONFIG_NAME
-    if written.exists() and written.read_text() != cfg.dump():
-        raise InputError(
-            f"{written} is of a run with another config; remove {cfg.OUTPUT_DIR} or choose "
-            "another --output"
-        )
-    trainer = Trainer(cfg, resume=True)
-    return trainer, trainer.train(title)
-
-
-def _branch(source: Path, target: Path) -> None:
-    """Start a run from the end of another, unless it has begun already."""
-    if not (target / CHECKPOINT_NAME).exists():
-        target.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / LOG_NAME, target)
-        partial = target / f"{CHECKPOINT_NAME}.partial"
-        shutil.copy(source / CHECKPOINT_NAME, partial)
-        os.replace(partial, target / CHECKPOINT_NAME)
-
-
-def _speed(run: Path, cfg: CfgNode, semi_supervised: bool) -> dict[str, float]:
+def _speed(log: Log, cfg: CfgNode) -> dict[str, float]:
     """Training time without evaluation, and images read a second once the burn-in is over."""
-    steps = [line for line in read_metrics(run) if "time/step" in line]
+    steps = [line for line in log if "time/step" in line]
     seconds = np.array([line["time/step"] for line in steps])
     iterations = np.diff([line["iteration"] for line in steps], prepend=0)
     after = [line["time/step"] for line in steps if line["iteration"] > cfg.SSOD.BURN_IN_ITERS]
-    images = cfg.SOLVER.IMS_PER_BATCH + cfg.SSOD.DATA.UNLABELED_PER_BATCH * semi_supervised
+    unlabeled = cfg.SSOD.DATA.UNLABELED_PER_BATCH if cfg.SSOD.UNSUP_LOSS_WEIGHT else 0
+    images = cfg.SOLVER.IMS_PER_BATCH + unlabeled
     return {"min": float(seconds @ iterations) / 60, "images/s": images / mean(after)}
 
 
-def _draw(output: Path, trainer: Trainer, rows: list[Row]) -> None:
-    data, cfg = trainer.data, trainer.cfg
-    pseudo_labeled = label_images(
-        trainer.model,
-        data.hidden_truth.select(data.hidden_truth.image_ids[:6]),
-        cfg,
-        trainer.device,
-    )
+def _draw(
+    output: Path,
+    cfg: CfgNode,
+    run: FinishedRun,
+    predictions: Path,
+    logs: dict[str, Log],
+    rows: list[Row],
+) -> None:
+    data = run.data
+    shown = data.hidden_truth.select(data.hidden_truth.image_ids[:6])
+    pseudo_labeled = label_images(run.model, shown, cfg, run.device)
     draw_report(
         output / "report.png",
         title=f"Shapes: {len(data.labeled)} labeled + {len(data.unlabeled)} unlabeled images, "
         f"{cfg.SOLVER.MAX_ITER} iterations",
         class_names=data.labeled.class_names,
-        validation=_validation_panels(data.val, output / "semi_supervised"),
+        validation=_validation_panels(data.val, predictions),
         unlabeled=[_unlabeled_panel(record, found) for record, found in pseudo_labeled],
-        curves=_curves(output),
+        curves=_curves(logs),
         burn_in_iters=cfg.SSOD.BURN_IN_ITERS,
         rows=rows,
         columns=COLUMNS,
     )
 
 
-def _validation_panels(val: DetectionDataset, run: Path, count: int = 12) -> list[Panel]:
-    results = json.loads((run / "inference" / "coco_instances_results_teacher.json").read_text())
+def _validation_panels(val: DetectionDataset, predictions: Path, count: int = 12) -> list[Panel]:
+    results = json.loads(predictions.read_text())
     panels = []
     for record in (val[i] for i in range(min(count, len(val)))):
         found = [r for r in results if r["image_id"] == record.image_id]
@@ -266,9 +264,7 @@ def _panel(
     return Panel(image, boxes, classes, scores, record.boxes, record.classes, title)
 
 
-def _curves(output: Path) -> dict[str, list[Curve]]:
-    lines = {run: read_metrics(output / run) for run in ("supervised", "semi_supervised")}
-
+def _curves(lines: dict[str, Log]) -> dict[str, list[Curve]]:
     def curve(label: str, run: str, *keys: str, right: bool = False) -> Curve:
         chosen = [line for line in lines[run] if all(key in line for key in keys)]
         values = [sum(line[key] for key in keys) for line in chosen]

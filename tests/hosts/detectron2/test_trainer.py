@@ -15,8 +15,9 @@ from tiny_detectron2 import tiny_config
 
 # Every anchor and region is learned, so that nothing depends on which were drawn.
 ALL_SAMPLES = (
-    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 10**6),
-    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 10**6),
+    *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 2048),
+    *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 64),
+    *("MODEL.ROI_HEADS.POSITIVE_FRACTION", 1.0),
     *("MODEL.ROI_HEADS.PROPOSAL_APPEND_GT", False),
 )
 

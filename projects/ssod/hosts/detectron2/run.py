@@ -140,24 +140,26 @@ class Run:
         elif cfg.MODEL.WEIGHTS:
             load_weights(self.model, cfg.MODEL.WEIGHTS)
 
-    def train(self) -> dict[str, Any]:
+    def train(self, extra_hooks: Sequence[hooks.HookBase] = ()) -> dict[str, Any]:
         """
         Train up to `SOLVER.MAX_ITER`, evaluating and saving on the way and at the end.
+
+        Args:
+            extra_hooks: run after those of the config.
 
         Returns:
             The last evaluation's results on the main rank, as `evaluate`.
         """
         self.output.mkdir(parents=True, exist_ok=True)
+        start_iter = self.model.iteration
+        if comm.is_main_process():  # before the writers open the file
+            # Detectron2 logs the iteration that has just begun, counted from 0.
+            truncate_metrics(self.output, start_iter - 1)
         trainer = self._build_trainer()
-        trainer.register_hooks(self._build_hooks(trainer))
+        trainer.register_hooks([*self._build_hooks(trainer), *extra_hooks])
         if self._state:
             trainer.load_state_dict(self._state["trainer"])
             self._state = {}
-        start_iter = self.model.iteration
-        if comm.is_main_process():
-            # Detectron2 logs the iteration that has just begun, counted from 0.
-            truncate_metrics(self.output, start_iter - 1)
-        comm.synchronize()
         trainer.train(start_iter, self.cfg.SOLVER.MAX_ITER)
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self._results)

@@ -95,7 +95,7 @@ class TeacherStudentTrainer(SimpleTrainer):
 
         Raises:
             InputError: at a log line, if too many steps in a row were skipped or too many images
-                could not be decoded; on all ranks together.
+                could not be decoded, on all ranks together; at once, if proposals are not finite.
         """
         start = time.perf_counter()
         batch = next(self._data_loader_iter)
@@ -120,12 +120,27 @@ class TeacherStudentTrainer(SimpleTrainer):
         autocast = torch.autocast(self._device, self.amp_dtype, enabled=self.amp_dtype is not None)
         with sync:
             with autocast:
-                losses = self.model(part)
+                losses = self._forward(part)
             total = sum(losses.values())
             self.grad_scaler.scale(total / self.accumulate_steps).backward()
         values = losses | {"total_loss": total} | self.teacher_student.metrics
         for name, value in values.items():
             self._window[name].append(value.detach())
+
+    def _forward(self, part: TwoStreamBatch) -> dict[str, Tensor]:
+        try:
+            return self.model(part)
+        except FloatingPointError as error:  # Detectron2's, of proposals: the weights are lost
+            reason = str(error).partition("\n")[0]
+            raise InputError(self._diverged(self.iter, reason, self._file_names[-1])) from error
+
+    @staticmethod
+    def _diverged(iteration: int, reason: str, file_names: list[str]) -> str:
+        return (
+            f"iteration {iteration}: {reason}; the last checkpoint is kept. Lower "
+            "SOLVER.BASE_LR, set SOLVER.CLIP_GRADIENTS.ENABLED True, or look at the images of "
+            f"this step: {', '.join(file_names)}"
+        )
 
     def _step(self) -> None:
         self.grad_scaler.unscale_(self.optimizer)
@@ -172,12 +187,11 @@ class TeacherStudentTrainer(SimpleTrainer):
             self.num_skipped_in_row = 0 if is_finite else self.num_skipped_in_row + 1
             if self.num_skipped_in_row >= self.max_skipped_steps:
                 iteration = self.iter + 1 - len(finite) + index
-                raise InputError(
-                    f"iteration {iteration}: the gradients of {self.num_skipped_in_row} steps in a "
-                    "row were not finite (SSOD.MAX_SKIPPED_STEPS); the last checkpoint is kept. "
-                    "Lower SOLVER.BASE_LR, set SOLVER.CLIP_GRADIENTS.ENABLED True, or look at the "
-                    f"images of this step: {', '.join(self._file_names[index])}"
+                reason = (
+                    f"the gradients of {self.num_skipped_in_row} steps in a row were not finite "
+                    "(SSOD.MAX_SKIPPED_STEPS)"
                 )
+                raise InputError(self._diverged(iteration, reason, self._file_names[index]))
 
     def state_dict(self) -> dict[str, Any]:
         """Add the loss scale, and which optimizer the state is of."""

@@ -24,6 +24,7 @@ from ssod.data.loader import FailedImages
 from ssod.errors import InputError
 from ssod.evaluation.coco_metrics import coco_metrics
 from ssod.hosts.checkpoint import load_matching, read_checkpoint
+from ssod.hosts.experiment import CONFIG_NAME
 from ssod.hosts.inference import detect
 from ssod.hosts.monitor import choose_monitored, monitor_pseudo_labels
 from ssod.hosts.torchvision.build import build_model, select_device
@@ -32,8 +33,6 @@ from ssod.hosts.torchvision.metric_log import MetricLog, read_evaluation
 from ssod.hosts.torchvision.solver import build_optimizer, learning_rate
 
 logger = logging.getLogger(__name__)
-
-CONFIG_NAME = "config.yaml"
 
 
 class Trainer:

@@ -1,0 +1,73 @@
+"""The Detectron2 host's part of `ssod quickstart`; see `ssod.hosts.experiment`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from detectron2.engine import hooks
+from detectron2.evaluation.testing import flatten_results_dict
+from tqdm import tqdm
+
+from ssod.hosts.detectron2.config import get_config
+from ssod.hosts.detectron2.run import Run, find_checkpoint
+from ssod.hosts.experiment import CONFIG_NAME, FinishedRun, check_same_config, copy_file
+from ssod.hosts.metric_log import LOG_NAME, read_metrics
+
+__all__ = ["branch", "get_config", "predictions_file", "read_log", "train"]
+
+_NAMES = {"APs": "AP_S", "APm": "AP_M", "APl": "AP_L", "time": "time/step"}
+
+
+def train(cfg: CfgNode, title: str) -> FinishedRun:
+    """Train a run to its end, from where it was; a bar takes the place of Detectron2's output."""
+    check_same_config(cfg)
+    # Its warnings are of category ids with gaps, which are fine, and the like.
+    for name in ("detectron2", "fvcore", "ssod.hosts.detectron2"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    run = Run(cfg, find_checkpoint(cfg.OUTPUT_DIR))
+    run.output.mkdir(parents=True, exist_ok=True)
+    (run.output / CONFIG_NAME).write_text(cfg.dump())
+    done, total = run.model.iteration, cfg.SOLVER.MAX_ITER
+    interval = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(
+        total=total, initial=done, desc=title, unit="it", dynamic_ncols=True, mininterval=interval
+    ) as bar:
+        progress = hooks.CallbackHook(after_step=lambda trainer: bar.update())
+        with contextlib.redirect_stdout(io.StringIO()):
+            results = run.train([progress])
+    return FinishedRun(run.model, run.data, run.device, _rename(flatten_results_dict(results)))
+
+
+def branch(source: Path, target: Path) -> None:
+    """Start a run from the end of another, unless it has begun already."""
+    if not find_checkpoint(str(target)):
+        checkpoint = Path(find_checkpoint(str(source)))
+        copy_file(source / LOG_NAME, target / LOG_NAME)
+        copy_file(checkpoint, target / "burn_in.pth")
+        (target / "last_checkpoint").write_text("burn_in.pth")
+
+
+def read_log(cfg: CfgNode) -> list[dict[str, float]]:
+    """Return the lines of a run's log, with the number of iterations done at each."""
+    lines = [_rename(line) for line in read_metrics(cfg.OUTPUT_DIR)]
+    # Detectron2 counts from 0, but logs the last evaluation after the end.
+    return [line | {"iteration": min(line["iteration"] + 1, cfg.SOLVER.MAX_ITER)} for line in lines]
+
+
+def predictions_file(run: Path, model: str) -> Path:
+    """Return the COCO results of the student or the teacher of a run."""
+    return run / "inference" / model / "coco_instances_results.json"
+
+
+def _rename(metrics: dict[str, float]) -> dict[str, float]:
+    renamed = {}
+    for name, value in metrics.items():
+        group, _, last = name.replace("bbox/", "").rpartition("/")
+        last = _NAMES.get(last, last)
+        renamed[f"{group}/{last}" if group else last] = value
+    return renamed

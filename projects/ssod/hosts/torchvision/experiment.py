@@ -1,0 +1,40 @@
+"""The torchvision host's part of `ssod quickstart`; see `ssod.hosts.experiment`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fvcore.common.config import CfgNode
+
+from ssod.hosts.experiment import FinishedRun, check_same_config, copy_file
+from ssod.hosts.metric_log import LOG_NAME, read_metrics
+from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
+from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.loop import Trainer
+
+__all__ = ["branch", "get_config", "predictions_file", "read_log", "train"]
+
+
+def train(cfg: CfgNode, title: str) -> FinishedRun:
+    """Train a run to its end, from where it was."""
+    check_same_config(cfg)
+    trainer = Trainer(cfg, resume=True)
+    results = trainer.train(title)
+    return FinishedRun(trainer.model, trainer.data, trainer.device, results)
+
+
+def branch(source: Path, target: Path) -> None:
+    """Start a run from the end of another, unless it has begun already."""
+    if not (target / CHECKPOINT_NAME).exists():
+        copy_file(source / LOG_NAME, target / LOG_NAME)
+        copy_file(source / CHECKPOINT_NAME, target / CHECKPOINT_NAME)
+
+
+def read_log(cfg: CfgNode) -> list[dict[str, float]]:
+    """Return the lines of a run's log."""
+    return read_metrics(cfg.OUTPUT_DIR)
+
+
+def predictions_file(run: Path, model: str) -> Path:
+    """Return the COCO results of the student or the teacher of a run."""
+    return run / "inference" / f"coco_instances_results_{model}.json"

@@ -1,0 +1,249 @@
+"""The configs of the Detectron2 host against the published numbers, and against each other."""
+
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from detectron2.solver import build_lr_scheduler
+
+import ssod.hosts.detectron2.data  # registers the unlabeled images of COCO
+from ssod.config import merge_config, read_host
+from ssod.hosts.detectron2.config import check_config, get_config, scale_to_world_size
+
+ROOT = Path(ssod.__file__).parents[2]
+FILES = {
+    path.relative_to(ROOT / "configs").with_suffix("").as_posix(): path
+    for pattern in ("Base-*.yaml", "*/*.yaml")
+    for path in sorted((ROOT / "configs").glob(pattern))
+}
+RECIPES = [name for name in FILES if not Path(name).name.startswith("Base-")]
+SUPERVISED = [name for name in RECIPES if "/supervised_" in name]
+ONE_GPU = "coco-standard/unbiased_teacher_R_50_FPN_1pct_1gpu"
+PERCENTS = (1, 2, 5, 10)
+
+COCO_SIZES = (640, 672, 704, 736, 768, 800)
+VOC_SIZES = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+SHARED = {
+    "MODEL.WEIGHTS": "detectron2://ImageNetPretrained/MSRA/R-50.pkl",
+    "MODEL.RESNETS.DEPTH": 50,
+    "MODEL.RESNETS.NORM": "FrozenBN",
+    "MODEL.BACKBONE.FREEZE_AT": 2,
+    "MODEL.MASK_ON": False,
+    "MODEL.RPN.BATCH_SIZE_PER_IMAGE": 256,
+    "MODEL.RPN.POSITIVE_FRACTION": 0.25,
+    "MODEL.RPN.IOU_THRESHOLDS": [0.3, 0.7],
+    "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 2000,
+    "MODEL.RPN.PRE_NMS_TOPK_TEST": 1000,
+    "MODEL.RPN.SMOOTH_L1_BETA": 0.0,
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 512,
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION": 0.25,
+    "MODEL.ROI_HEADS.IOU_THRESHOLDS": [0.5],
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.05,
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST": 0.5,
+    "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": 0.0,
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": False,
+    "INPUT.FORMAT": "BGR",
+    "INPUT.MAX_SIZE_TRAIN": 1333,
+    "INPUT.MAX_SIZE_TEST": 1333,
+    "INPUT.RANDOM_FLIP": "horizontal",
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": True,
+    "SOLVER.BASE_LR": 0.01,
+    "SOLVER.MOMENTUM": 0.9,
+    "SOLVER.WEIGHT_DECAY": 0.0001,
+    "SOLVER.WARMUP_ITERS": 1000,
+    "SOLVER.WARMUP_FACTOR": 0.001,
+    "SOLVER.WARMUP_METHOD": "linear",
+    "SOLVER.CHECKPOINT_PERIOD": 5000,
+    "SOLVER.CLIP_GRADIENTS.ENABLED": False,
+    "SOLVER.AMP.ENABLED": False,
+    "TEST.DETECTIONS_PER_IMAGE": 100,
+    "SSOD.OPTIMIZER": "SGD",
+    "SSOD.FILTER.NAME": "FixedThreshold",
+    "SSOD.FILTER.SCORE_THRESH": 0.7,
+    "SSOD.FOCAL_GAMMA": 1.5,
+    "SSOD.LABELED_VIEWS": "both",
+    "SSOD.UNSUP_BOX_LOSSES": False,
+    "SSOD.EVAL_MODEL": "teacher",
+    "TEST.EVAL_PERIOD": 5000,  # a deviation
+}
+COLUMNS = (
+    "DATASETS.TRAIN",
+    "SSOD.DATA.PERCENT",
+    "SSOD.DATA.UNLABELED",
+    "DATASETS.TEST",
+    "MODEL.ROI_HEADS.NUM_CLASSES",
+    "INPUT.MIN_SIZE_TRAIN",
+    "INPUT.MIN_SIZE_TEST",
+    "SOLVER.IMS_PER_BATCH",
+    "SSOD.DATA.UNLABELED_PER_BATCH",
+    "SSOD.BURN_IN_ITERS",
+    "SOLVER.MAX_ITER",
+    "SSOD.UNSUP_LOSS_WEIGHT",
+    "SSOD.EMA_DECAY",
+)
+COCO = (("coco_2017_val",), 80, COCO_SIZES, 800, 32, 32)
+VOC = (("voc_2007_test",), 20, VOC_SIZES, 600, 16, 16)
+PUBLISHED = {
+    f"coco-standard/unbiased_teacher_R_50_FPN_{percent}pct": (
+        *(("coco_2017_train",), percent, (), *COCO),
+        *(2000, 180000, 4.0, 0.9996),
+    )
+    for percent in PERCENTS
+} | {
+    "coco-additional/unbiased_teacher_R_50_FPN": (
+        *(("coco_2017_train",), 0, ("coco_2017_unlabeled",), *COCO),
+        *(90000, 360000, 2.0, 0.9996),
+    ),
+    "voc/unbiased_teacher_R_50_FPN": (
+        *(("voc_2007_trainval",), 0, ("voc_2012_trainval",), *VOC),
+        *(30000, 180000, 2.0, 0.999),
+    ),
+}
+
+
+def _leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@cache
+def _config(name):
+    cfg = merge_config(get_config(), str(FILES[name]))
+    cfg.freeze()
+    return cfg
+
+
+def _values(name):
+    return dict(_leaves(_config(name)))
+
+
+def _difference(name, other):
+    """Return the keys whose values differ, with the values of the first."""
+    values, others = _values(name), _values(other)
+    return {key: value for key, value in values.items() if value != others[key]}
+
+
+def test_every_recipe_is_here():
+    supervised = {name.replace("unbiased_teacher", "supervised") for name in PUBLISHED}
+    assert set(RECIPES) == {*PUBLISHED, *supervised, ONE_GPU}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_supported_and_documented(name):
+    cfg = _config(name)
+    assert read_host(str(FILES[name])) == "detectron2"
+    check_config(cfg)
+    sets = {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST, *cfg.SSOD.DATA.UNLABELED}
+    assert sets <= set(DatasetCatalog.list())
+    assert f"configs/{name}.yaml" in (ROOT / "docs" / "recipes.md").read_text()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_key_repeats_what_it_inherits(name):
+    own = yaml.safe_load(FILES[name].read_text())
+    base = own.pop("_BASE_", None)
+    inherited = get_config()
+    if base is not None:
+        merge_config(inherited, str(FILES[name].parent / base))
+    inherited, values = dict(_leaves(inherited)), _values(name)
+    repeated = {key for key, _ in _leaves(own) if values[key] == inherited[key]}
+    # Whoever reads the file chooses the host by it, before there are defaults.
+    assert repeated == (set() if base else {"SSOD.HOST"})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_numbers_are_the_published_ones(name):
+    expected = SHARED | dict(zip(COLUMNS, PUBLISHED[name], strict=True))
+    values = _values(name)
+    assert {key: values[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_learning_rate_is_constant_after_the_warm_up(name):
+    cfg = _config(name)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    rates = scheduler.get_last_lr()
+    for iteration in (499, 999, cfg.SOLVER.MAX_ITER // 2, cfg.SOLVER.MAX_ITER - 2):
+        scheduler.last_epoch = iteration
+        optimizer.step()
+        scheduler.step()
+        rates += scheduler.get_last_lr()
+    assert rates == pytest.approx([1e-5, 0.005005, 0.01, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("name", SUPERVISED)
+def test_supervised_baseline_differs_in_the_weight_alone(name):
+    recipe = name.replace("supervised", "unbiased_teacher")
+    assert _difference(name, recipe) == {"SSOD.UNSUP_LOSS_WEIGHT": 0.0}
+
+
+def test_recipes_of_coco_standard_differ_in_the_percentage_alone():
+    first, *others = (f"coco-standard/unbiased_teacher_R_50_FPN_{p}pct" for p in PERCENTS)
+    for name, percent in zip(others, PERCENTS[1:], strict=True):
+        assert _difference(name, first) == {"SSOD.DATA.PERCENT": percent}
+
+
+def test_one_gpu_variant_takes_the_share_of_each_gpu_in_every_pass():
+    recipe = ONE_GPU.removesuffix("_1gpu")
+    reference = _config(recipe).SOLVER.REFERENCE_WORLD_SIZE
+    assert _difference(ONE_GPU, recipe) == {
+        "SOLVER.REFERENCE_WORLD_SIZE": 0,
+        "SSOD.ACCUMULATE_STEPS": reference,
+    }
+    assert scale_to_world_size(_config(ONE_GPU), 1) == _config(ONE_GPU)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != ONE_GPU])
+def test_scaling_keeps_learning_rate_an_image_and_images_seen(name, world_size):
+    cfg = _config(name)
+    scaled = scale_to_world_size(cfg, world_size)
+    factor = world_size / 8
+
+    def amounts(cfg):
+        solver, data, labeled = cfg.SOLVER, cfg.SSOD.DATA, cfg.SOLVER.IMS_PER_BATCH
+        return {
+            "learning rate": solver.BASE_LR / labeled,
+            "ratio": data.UNLABELED_PER_BATCH / labeled,
+            "training": solver.MAX_ITER * labeled,
+            "warm-up": solver.WARMUP_ITERS * labeled,
+            "burn-in": cfg.SSOD.BURN_IN_ITERS * labeled,
+            "evaluation": cfg.TEST.EVAL_PERIOD * labeled,
+            "checkpoint": solver.CHECKPOINT_PERIOD * labeled,
+            "decay": math.log(cfg.SSOD.EMA_DECAY) / labeled,
+        }
+
+    assert scaled.SOLVER.IMS_PER_BATCH == cfg.SOLVER.IMS_PER_BATCH * factor
+    assert amounts(scaled) == pytest.approx(amounts(cfg))
+    assert scaled.SOLVER.STEPS == ()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_batches_divide_evenly(name):
+    cfg = _config(name)
+    processes = cfg.SOLVER.REFERENCE_WORLD_SIZE or 1
+    for batch in (cfg.SOLVER.IMS_PER_BATCH, cfg.SSOD.DATA.UNLABELED_PER_BATCH):
+        assert batch % (processes * cfg.SSOD.ACCUMULATE_STEPS) == 0
+
+
+def test_recipe_builds_its_model():
+    cfg = _config("voc/unbiased_teacher_R_50_FPN").clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    assert (model.burn_in_iters, model.ema_decay, model.unsup_loss_weight) == (30000, 0.999, 2.0)
+    assert model.student.num_classes == model.teacher.num_classes == 20
+    assert model.student.proposal_generator.positive_fraction == 0.25
+    stages = model.student.backbone.bottom_up.stages
+    assert [len(stage) for stage in stages] == [3, 4, 6, 3]
+    trainable = [any(p.requires_grad for p in stage.parameters()) for stage in stages]
+    assert trainable == [False, True, True, True]

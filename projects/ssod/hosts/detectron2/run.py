@@ -28,8 +28,8 @@ from ssod.data.loader import FailedImages
 from ssod.errors import InputError
 from ssod.hosts.checkpoint import load_matching, read_checkpoint
 from ssod.hosts.detectron2.config import check_config
-from ssod.hosts.detectron2.data import load_run_data, test_dataset_names
-from ssod.hosts.detectron2.evaluation import evaluate
+from ssod.hosts.detectron2.data import load_run_data
+from ssod.hosts.detectron2.evaluation import evaluate, test_dataset_names
 from ssod.hosts.detectron2.hooks import BestCheckpointer, PeriodicCheckpointer
 from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
 from ssod.hosts.detectron2.solver import build_clipper, build_optimizer

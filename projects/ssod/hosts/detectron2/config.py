@@ -14,6 +14,8 @@ _ONLY_VALUE = {  # of keys of Detectron2 that this host does not implement other
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": "choice",
     "INPUT.CROP.ENABLED": False,
     "DATALOADER.SAMPLER_TRAIN": "TrainingSampler",
+    "DATALOADER.ASPECT_RATIO_GROUPING": True,
+    "VIS_PERIOD": 0,
     "TEST.AUG.ENABLED": False,
     "TEST.PRECISE_BN.ENABLED": False,
     "DATASETS.PROPOSAL_FILES_TRAIN": (),

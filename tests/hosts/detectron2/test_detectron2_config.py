@@ -1,0 +1,87 @@
+import pytest
+
+from ssod.config import _leaves, merge_config
+from ssod.errors import InputError
+from ssod.hosts.detectron2.config import check_config, get_config, scale_to_world_size
+from test_config import PACKAGE, _keys_read
+
+
+def test_every_key_of_this_project_is_read_on_this_host():
+    folders = ["core", "data", "evaluation", "hosts/detectron2"]
+    sources = [path for folder in folders for path in (PACKAGE / folder).rglob("*.py")]
+    read = {key for path in sources for key in _keys_read(path.read_text())}
+    keys = {key for key, _ in _leaves(get_config()) if key.startswith("SSOD.")} - {"SSOD.HOST"}
+    assert len(keys) > 20
+    dead = {key for key in keys if not any(f".{key}".endswith(f".{end}") for end in read)}
+    assert not dead, f"no code reads {sorted(dead)}"
+
+
+def test_the_defaults_can_be_used():
+    check_config(get_config())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"),
+        ("INPUT.CROP.ENABLED", "True"),
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+        ("DATALOADER.ASPECT_RATIO_GROUPING", "False"),
+        ("TEST.AUG.ENABLED", "True"),
+        ("TEST.PRECISE_BN.ENABLED", "True"),
+        ("VIS_PERIOD", "10"),
+    ],
+)
+def test_what_would_be_left_out_in_silence_is_refused(key, value):
+    with pytest.raises(InputError, match=f"{key} must be .*nothing else is supported"):
+        check_config(merge_config(get_config(), "", [key, value]))
+
+
+def _schedule(cfg):
+    solver, ssod = cfg.SOLVER, cfg.SSOD
+    return {
+        "labeled": solver.IMS_PER_BATCH,
+        "unlabeled": ssod.DATA.UNLABELED_PER_BATCH,
+        "lr": solver.BASE_LR,
+        "iterations": solver.MAX_ITER,
+        "steps": solver.STEPS,
+        "warm-up": solver.WARMUP_ITERS,
+        "burn-in": ssod.BURN_IN_ITERS,
+    }
+
+
+@pytest.fixture
+def cfg():
+    overrides = ("SOLVER.REFERENCE_WORLD_SIZE", "4", "SSOD.DATA.UNLABELED_PER_BATCH", "8")
+    return merge_config(get_config(), "", overrides)
+
+
+def test_all_that_depends_on_the_batch_is_scaled(cfg):
+    cfg.freeze()
+    scaled = scale_to_world_size(cfg, 8)
+    assert _schedule(cfg)["labeled"] == 16
+    assert _schedule(scaled) == {
+        "labeled": 32,
+        "unlabeled": 16,
+        "lr": pytest.approx(0.002),
+        "iterations": 20000,
+        "steps": (15000,),
+        "warm-up": 500,
+        "burn-in": 1000,
+    }
+    # The share of the teacher that is left after as many images is the same.
+    assert scaled.SSOD.EMA_DECAY == pytest.approx(0.9996**2)
+    assert scaled.is_frozen() and cfg.SOLVER.IMS_PER_BATCH == 16
+    assert _schedule(scale_to_world_size(scaled, 4)) == _schedule(cfg)
+
+
+def test_nothing_is_scaled_without_need(cfg):
+    assert scale_to_world_size(cfg, 4) is cfg
+    assert scale_to_world_size(get_config(), 4) == get_config()
+
+
+def test_batch_that_cannot_be_scaled_is_refused(cfg):
+    cfg.SSOD.DATA.UNLABELED_PER_BATCH = 6
+    message = "UNLABELED_PER_BATCH must be a multiple of .*REFERENCE_WORLD_SIZE 4 .*, got 6"
+    with pytest.raises(InputError, match=message):
+        scale_to_world_size(cfg, 2)

@@ -61,7 +61,10 @@ def test_training_then_resuming_then_evaluating(run, shapes, tmp_path):
     assert status == 0
     assert max(line["iteration"] for line in read_metrics(tmp_path)) == MAX_ITER
 
-    for args in ((), ("MODEL.WEIGHTS", tmp_path / "model_final.pth", "OUTPUT_DIR", "elsewhere")):
+    for args in (
+        (),
+        ("MODEL.WEIGHTS", tmp_path / "model_final.pth", "OUTPUT_DIR", tmp_path / "other"),
+    ):
         status, out, _ = run("--eval-only", *_options(shapes, tmp_path), *args)
         assert status == 0
         assert _table(out) == _table(trained)

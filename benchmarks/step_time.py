@@ -1,105 +1,185 @@
 """
-Where the time of a training step goes on the torchvision host: `python benchmarks/step_time.py`.
+Where the time of a training step goes, on either host: `python benchmarks/step_time.py`.
 
-All is measured in one process, in turn within each iteration: medians of the parts as shares of
-their sum, and whole steps with and without unlabeled images as a ratio. In fp32.
+All is measured in one process, in turn within each iteration: the medians of the parts as shares
+of their sum, and whole steps as ratios to each other, with their quartiles. On Detectron2 a
+supervised step is also compared with that of Detectron2's own trainer and `GeneralizedRCNN`, with
+the same weights, images and optimizer. What that one lacks, and the ratio includes, is the EMA,
+the gradient norm, the clipping, and the guard against gradients that are not finite; only that
+one writes metrics at every step. On CUDA the memory of whole steps is printed as well.
+
+`SOLVER.AMP.ENABLED True` measures mixed precision. A detector that knows nothing makes no
+pseudo-labels; `MODEL.WEIGHTS` names one that does. The batches of a config go through one process:
+for a recipe of several GPUs set `SOLVER.IMS_PER_BATCH` and `SSOD.DATA.UNLABELED_PER_BATCH` to the
+share of one. `SSOD.ACCUMULATE_STEPS` divides whole steps, not their parts.
 """
 
+from __future__ import annotations
+
 import argparse
+import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, quantiles
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
-from ssod.config import merge_config
+from hosts import Host, build_host
+from ssod.cli.common import run_command
 from ssod.core.ema import update_ema
-from ssod.data.build import build_train_loader
-from ssod.data.shapes import ShapesSpec, ensure_shapes
-from ssod.hosts.torchvision.config import get_config
-from ssod.hosts.torchvision.loop import Trainer
+from ssod.core.structures import TwoStreamBatch
 
-
-def make_trainer(config: str, root: Path, opts: list[str]) -> Trainer:
-    ensure_shapes(root / "shapes", ShapesSpec(num_labeled=24, num_unlabeled=64, num_val=1))
-    keys = []
-    for group in ("LABELED", "UNLABELED"):
-        keys += [f"SSOD.DATA.{group}_JSON", f"{root}/shapes/annotations/{group.lower()}.json"]
-        keys += [f"SSOD.DATA.{group}_IMAGES", f"{root}/shapes/images"]
-    keys += ["SSOD.DATA.VAL_JSON", "", "SSOD.DATA.UNLABELED_TRUTH_JSON", ""]
-    keys += ["SSOD.BURN_IN_ITERS", "0", "OUTPUT_DIR", f"{root}/run"]
-    return Trainer(merge_config(get_config(), config, keys + opts))
+WARM_UP = 3  # iterations that are not counted
+DATA = "data, both streams"
+SEMI, SUPERVISED, PLAIN = "semi-supervised step", "supervised step", "plain Detectron2's step"
 
 
 class Stopwatch:
-    """Seconds of named calls, waiting for the device before and after each."""
+    """Seconds of named calls, waiting for the device; one within another counts for itself only."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.seconds: dict[str, list[float]] = defaultdict(list)
+        self._inner = 0.0
 
     def __call__(self, name: str, function: Callable, *args: Any) -> Any:
+        outer, self._inner = self._inner, 0.0
         self._wait()
         start = time.perf_counter()
         result = function(*args)
         self._wait()
-        self.seconds[name].append(time.perf_counter() - start)
+        elapsed = time.perf_counter() - start
+        self.seconds[name].append(elapsed - self._inner)
+        self._inner = outer + elapsed
         return result
 
-    def medians(self) -> dict[str, float]:
-        """Medians after the first two calls of each name."""
-        return {name: median(values[2:]) for name, values in self.seconds.items()}
+    def counted(self, name: str) -> list[float]:
+        """Seconds of each call after the warm-up."""
+        return self.seconds[name][WARM_UP:]
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def measure(trainer: Trainer, iterations: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Medians of the parts of a step, and of whole steps with and without unlabeled images."""
-    parts, steps = Stopwatch(trainer.device), Stopwatch(trainer.device)
-    model, optimizer = trainer.model, trainer.optimizer
-    loader = iter(build_train_loader(trainer.cfg, trainer.data, 0))
-    for _ in range(iterations + 2):
-        batch = parts("data, both streams", next, loader).to(trainer.device)
-        losses = parts("student forward, labeled", model.supervised_losses, batch.labeled)
-        parts("backward, labeled", sum(losses.values()).backward)
-        pseudo = parts("teacher forward and filter", model.pseudo_labels, batch.unlabeled.weak)
-        losses = parts(
-            "student forward, unlabeled", model.unsupervised_losses, batch.unlabeled, pseudo
-        )
-        parts("backward, unlabeled", sum(losses.values()).backward)
-        parts("optimizer", optimizer.step)
-        optimizer.zero_grad()
-        parts("EMA", update_ema, model.teacher, model.student, model.ema_decay)
-        weight = model.unsup_loss_weight
-        steps("semi-supervised", trainer._step, batch)
-        model.unsup_loss_weight = 0.0
-        steps("supervised", trainer._step, batch)
-        model.unsup_loss_weight = weight
-    return parts.medians(), steps.medians()
+def run_parts(host: Host, parts: Stopwatch, batches: Iterator[TwoStreamBatch]) -> TwoStreamBatch:
+    """One step in parts; returns its batch."""
+    model, optimizer = host.model, host.optimizer
+
+    def forward(name: str, function: Callable, *args: Any) -> Any:
+        with host.autocast:
+            return parts(name, function, *args)
+
+    def backward(losses: dict[str, Tensor]) -> None:
+        host.scale(sum(losses.values())).backward()
+
+    def fetch() -> tuple[TwoStreamBatch, TwoStreamBatch]:
+        batch = next(batches)
+        return batch, batch.to(host.device)
+
+    optimizer.zero_grad()
+    fetched, batch = parts(DATA, fetch)
+    losses = forward("student forward, labeled", model.supervised_losses, batch.labeled)
+    parts("backward, labeled", backward, losses)
+    pseudo = forward("teacher forward and filter", model.pseudo_labels, batch.unlabeled.weak)
+    losses = forward(
+        "student forward, unlabeled", model.unsupervised_losses, batch.unlabeled, pseudo
+    )
+    parts("backward, unlabeled", backward, losses)
+    with patch.object(optimizer, "step", partial(parts, "optimizer", optimizer.step)):
+        parts(host.update_name, host.update)
+    parts("EMA", update_ema, model.teacher, model.student, model.ema_decay)
+    return fetched
+
+
+def run_supervised(host: Host, batch: TwoStreamBatch) -> None:
+    """A whole step on the labeled images of a batch."""
+    with patch.object(host.model, "unsup_loss_weight", 0.0):
+        host.step(replace(batch, unlabeled=None))
+
+
+def measure_memory(host: Host, batches: Iterator[TwoStreamBatch]) -> dict[str, float]:
+    """GiB that whole steps have allocated at most, all that a run holds included; only on CUDA."""
+    peaks: dict[str, float] = defaultdict(float)
+    if host.device.type == "cuda":
+        for batch in islice(batches, WARM_UP):
+            for name, step in ((SEMI, host.step), (SUPERVISED, partial(run_supervised, host))):
+                torch.cuda.reset_peak_memory_stats(host.device)
+                step(batch)
+                peak = torch.cuda.max_memory_allocated(host.device) / 2**30
+                peaks[name] = max(peaks[name], peak)
+    return peaks
+
+
+def measure_time(
+    host: Host, batches: Iterator[TwoStreamBatch], iterations: int
+) -> tuple[Stopwatch, Stopwatch, float]:
+    """Times of the parts of a step, those of whole steps, and the pseudo-labels of an image."""
+    parts, steps, counts = Stopwatch(host.device), Stopwatch(host.device), []
+    prepare_plain = host.build_plain and host.build_plain()
+    # No gradients are freed here: the next step would pay for getting the memory again.
+    for i in range(WARM_UP + iterations):
+        batch = run_parts(host, parts, batches)
+        steps(SEMI, host.step, batch)
+        counts.append(host.model.metrics["pseudo/num_per_image"].item())
+        compared = [(SUPERVISED, partial(run_supervised, host, batch))]
+        if prepare_plain:
+            compared.append((PLAIN, prepare_plain(batch.labeled)))
+        for name, step in compared if i % 2 else reversed(compared):  # neither is always first
+            steps(name, step)
+    return parts, steps, mean(counts[WARM_UP:])
+
+
+def report(parts: Stopwatch, steps: Stopwatch) -> None:
+    """Print the shares and the ratios."""
+    medians = {name: median(parts.counted(name)) for name in parts.seconds}
+    for name, value in medians.items():
+        print(f"{name:28} {value / sum(medians.values()):6.1%}")
+    without_data = [parts.counted(name) for name in parts.seconds if name != DATA]
+    sums = [sum(values) for values in zip(*without_data, strict=True)]
+    for name, label, base in (
+        (SEMI, "the sum of its parts, without data", sums),
+        (SEMI, f"the {SUPERVISED}", steps.counted(SUPERVISED)),
+        (SUPERVISED, PLAIN, steps.counted(PLAIN)),
+    ):
+        if base:
+            pairs = zip(steps.counted(name), base, strict=True)
+            low, mid, high = quantiles([a / b for a, b in pairs], n=4)
+            print(f"{name:28} {mid:6.2f} x {label} (quartiles {low:.2f} and {high:.2f})")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config-file", default="configs/quickstart.yaml")
-    parser.add_argument("--iterations", type=int, default=15)
+    parser.add_argument("--iterations", type=int, default=15, help="counted, at least 2")
     parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE ...")
     args = parser.parse_args()
+    if args.iterations < 2:
+        parser.error("--iterations must be at least 2")
     with tempfile.TemporaryDirectory() as root:
-        opts = [*args.opts, "SOLVER.MAX_ITER", str(args.iterations + 2)]
-        trainer = make_trainer(args.config_file, Path(root), opts)
-        parts, steps = measure(trainer, args.iterations)
-    total = sum(parts.values())
-    for name, value in parts.items():
-        print(f"{name:28} {value / total:6.1%}")
-    ratio = steps["semi-supervised"] / steps["supervised"]
-    print(f"semi-supervised step         {ratio:6.2f} x the supervised step, without data")
+        host = build_host(args.config_file, Path(root), 2 * WARM_UP + args.iterations, args.opts)
+        threads = torch.get_num_threads()
+        print(f"{host.name} on {host.device}, torch {torch.__version__}, {threads} CPU thread(s)")
+        with host.context:
+            batches = iter(host.loader)
+            peaks = measure_memory(host, batches)
+            parts, steps, num_pseudo_labels = measure_time(host, batches, args.iterations)
+    report(parts, steps)
+    print(f"{'pseudo-labels per image':28} {num_pseudo_labels:6.2f}")
+    for name, value in peaks.items():
+        print(f"{name:28} {value:6.2f} GiB at most")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor, nn
 
@@ -62,7 +63,6 @@ class RegionDetector(nn.Module, ABC):
     def features(self, batch: ImageBatch) -> Features:
         """Return the feature pyramid, finest level first."""
 
-    @abstractmethod
     def predict(
         self, features: Features, batch: ImageBatch, rescore: Rescore | None = None
     ) -> list[Detections]:
@@ -72,6 +72,32 @@ class RegionDetector(nn.Module, ABC):
         `rescore(class_probs (R, K + 1), embeddings (R, D)) -> (R, K + 1)` is called once for the
         regions of all images before non-maximum suppression. The identity gives the host's own
         inference.
+        """
+        assert not self.training, (
+            "predict needs eval mode: the RPN proposes differently in training"
+        )
+        proposals, _ = self.propose(features, batch)
+        output = self.score_regions(features, proposals)
+        class_probs = output.logits.softmax(1)
+        if rescore is not None:
+            class_probs = rescore(class_probs, output.embeddings)
+        ends = accumulate(len(boxes) for boxes in proposals)
+        rows = [slice(end - len(boxes), end) for boxes, end in zip(proposals, ends, strict=True)]
+        per_image = zip(proposals, rows, batch.sizes, strict=True)
+        return [self.detect(boxes, output[r], class_probs[r], size) for boxes, r, size in per_image]
+
+    @abstractmethod
+    def detect(
+        self, boxes: Tensor, output: RegionOutput, class_probs: Tensor, size: tuple[int, int]
+    ) -> Detections:
+        """
+        Decode one image's scored regions and suppress non-maxima as the host does.
+
+        Args:
+            boxes: (R, 4) regions.
+            output: of `score_regions` for them, R rows; only its logits are out of date.
+            class_probs: (R, K + 1), what they became.
+            size: (height, width) of the image, which detections are clipped to.
         """
 
     @abstractmethod

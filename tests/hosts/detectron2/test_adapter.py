@@ -1,10 +1,10 @@
 import pytest
 import torch
-from detectron2.structures import Boxes, Instances
 
 from contract import detectron2_case
+from ssod.core.structures import RegionOutput
 from ssod.errors import InputError
-from ssod.hosts.detectron2.adapter import Detectron2RCNN, _to_detections
+from ssod.hosts.detectron2.adapter import Detectron2RCNN
 
 
 @pytest.mark.parametrize(
@@ -27,16 +27,26 @@ def test_head_that_is_not_supported_is_refused_with_those_that_are(key, value, f
 
 def test_rows_of_detections_count_from_before_broken_regions_were_dropped():
     """Detectron2 drops rows that are not finite before it counts the kept ones."""
-    result = Instances((9, 9))
-    result.pred_boxes = Boxes(torch.tensor([[0.0, 0, 5, 5], [1, 1, 4, 4], [9, 3, 9, 6]]))
-    result.scores = torch.tensor([0.9, 0.8, 0.7])
-    result.pred_classes = torch.tensor([1, 0, 0])
-    finite = torch.tensor([True, False, True, True])
-    rows = torch.arange(4.0)[:, None]
-    found = _to_detections(result, torch.tensor([2, 0, 1]), finite, rows, rows)
-    assert found.embeddings.flatten().tolist() == [3, 0]  # the third box is empty
-    assert found.class_probs.flatten().tolist() == [3, 0]
-    assert found.scores.tolist() == pytest.approx([0.9, 0.8])
+    detector = detectron2_case.build().eval()
+    boxes = torch.tensor(
+        [[0.0, 0, 5, 5], [1, 1, 4, 4], [2, 2, 7, 7], [20, 3, 30, 6], [20, 20, 30, 30]]
+    )
+    deltas = torch.zeros(5, detectron2_case.NUM_CLASSES, 4)
+    deltas[1] = torch.nan
+    class_probs = torch.full((5, 4), 0.02)
+    for row, (label, score) in enumerate([(0, 0.9), (0, 0.8), (1, torch.nan), (2, 0.7), (1, 0.96)]):
+        class_probs[row, label] = score
+    class_probs[:, -1] = 1 - class_probs[:, :-1].sum(1)
+    output = RegionOutput(torch.zeros(5, 4), deltas, torch.arange(5.0)[:, None])
+    # The fourth region lies at the right of the image: its box is clipped to nothing.
+    found = detector.detect(boxes, output, class_probs, (40, 18))
+    assert found.embeddings.flatten().tolist() == [0]
+    found = detector.detect(boxes, output, class_probs, (40, 40))
+    assert found.embeddings.flatten().tolist() == [4, 0, 3]
+    assert torch.equal(found.boxes, boxes[[4, 0, 3]])
+    assert torch.equal(found.class_probs, class_probs[[4, 0, 3]])
+    assert found.classes.tolist() == [1, 0, 2]
+    torch.testing.assert_close(found.scores, torch.tensor([0.96, 0.9, 0.7]))
 
 
 def test_bgr_models_get_bgr_and_rgb_models_rgb():

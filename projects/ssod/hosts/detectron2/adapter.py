@@ -16,7 +16,7 @@ from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
 
-from ssod.core.interfaces import Features, RegionDetector, Rescore
+from ssod.core.interfaces import Features, RegionDetector
 from ssod.core.losses import weighted_box_loss, weighted_classification_loss
 from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples, Targets
 from ssod.errors import InputError
@@ -87,6 +87,13 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Add `SSOD.FOCAL_GAMMA` to the arguments of `GeneralizedRCNN`."""
+        # Before Detectron2 builds them: its assertions say nothing of what is supported.
+        for group, name in (
+            ("PROPOSAL_GENERATOR", "IgnoringRPN"),
+            ("ROI_HEADS", "StandardROIHeads"),
+        ):
+            if cfg.MODEL[group].NAME != name:
+                raise _not_supported(f"MODEL.{group}.NAME {cfg.MODEL[group].NAME}")
         return super().from_config(cfg) | {"focal_gamma": cfg.SSOD.FOCAL_GAMMA}
 
     def preprocess(self, images: list[Tensor]) -> ImageBatch:
@@ -100,38 +107,29 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
         """Return the pyramid in fp32: anchors and pooled boxes take the dtype of the features."""
         return {name: level.float() for name, level in self.backbone(batch.tensor).items()}
 
-    def predict(
-        self, features: Features, batch: ImageBatch, rescore: Rescore | None = None
-    ) -> list[Detections]:
-        """Detect objects with the box predictor's own inference; see the base class."""
-        assert not self.training, (
-            "predict needs eval mode: the RPN proposes differently in training"
-        )
-        boxes, _ = self.propose(features, batch)
-        output = self.score_regions(features, boxes)
-        class_probs = output.logits.softmax(1)
-        if rescore is not None:
-            class_probs = rescore(class_probs, output.embeddings)
-        counts = [len(b) for b in boxes]
+    def detect(
+        self, boxes: Tensor, output: RegionOutput, class_probs: Tensor, size: tuple[int, int]
+    ) -> Detections:
+        """Detect with the box predictor's own inference; see the base class."""
         # The predictor takes logits, of which the logarithm of probabilities is one version.
-        proposals = [
-            Instances(size, proposal_boxes=Boxes(b))
-            for size, b in zip(batch.sizes, boxes, strict=True)
-        ]
         logits = class_probs.clamp(min=torch.finfo(class_probs.dtype).tiny).log()
-        results, kept = self.roi_heads.box_predictor.inference(
-            (logits, output.deltas.flatten(1)), proposals
+        deltas = output.deltas.flatten(1)
+        (result,), (kept,) = self.roi_heads.box_predictor.inference(
+            (logits, deltas), [Instances(size, proposal_boxes=Boxes(boxes))]
         )
-        finite = output.deltas.flatten(1).isfinite().all(1) & class_probs.isfinite().all(1)
-        per_image = zip(
-            results,
-            kept,
-            finite.split(counts),
-            class_probs.split(counts),
-            output.embeddings.split(counts),
-            strict=True,
+        # Detectron2 counts kept rows after dropping those that are not finite.
+        finite = deltas.isfinite().all(1) & class_probs.isfinite().all(1)
+        rows = finite.argsort(descending=True, stable=True)[kept]
+        detections = Detections(
+            result.pred_boxes.tensor,
+            result.scores,
+            result.pred_classes,
+            class_probs[rows],
+            output.embeddings[rows],
         )
-        return [_to_detections(*image) for image in per_image]
+        # Boxes clipped to nothing, which Detectron2 drops after inference, would be poison as
+        # targets.
+        return detections[result.pred_boxes.nonempty()]
 
     def propose(
         self, features: Features, batch: ImageBatch, targets: list[Targets] | None = None
@@ -214,22 +212,6 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
         return copy
 
 
-def _to_detections(
-    result: Instances, kept: Tensor, finite: Tensor, class_probs: Tensor, embeddings: Tensor
-) -> Detections:
-    # Detectron2 counts kept rows after dropping those that are not finite.
-    rows = finite.argsort(descending=True, stable=True)[kept]
-    detections = Detections(
-        result.pred_boxes.tensor,
-        result.scores,
-        result.pred_classes,
-        class_probs[rows],
-        embeddings[rows],
-    )
-    # Boxes clipped to nothing, which Detectron2 drops after inference, would be poison as targets.
-    return detections[result.pred_boxes.nonempty()]
-
-
 def _check_supported(model: GeneralizedRCNN) -> None:
     heads, rpn = model.roi_heads, model.proposal_generator
     found = None
@@ -248,8 +230,12 @@ def _check_supported(model: GeneralizedRCNN) -> None:
     elif not isinstance(rpn, IgnoringRPN):
         found = f"MODEL.PROPOSAL_GENERATOR.NAME {type(rpn).__name__}"
     if found:
-        raise InputError(
-            f"{found} is not supported; supported are an FPN backbone, IgnoringRPN as proposal "
-            "generator, and StandardROIHeads with a box head only (no masks, keypoints, cascade or "
-            "C4), softmax classification and smooth L1 box loss"
-        )
+        raise _not_supported(found)
+
+
+def _not_supported(found: str) -> InputError:
+    return InputError(
+        f"{found} is not supported; supported are an FPN backbone, IgnoringRPN as proposal "
+        "generator, and StandardROIHeads with a box head only (no masks, keypoints, cascade or "
+        "C4), softmax classification and smooth L1 box loss"
+    )

@@ -18,7 +18,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
 from torchvision.ops.poolers import initLevelMapper
 
-from ssod.core.interfaces import Features, RegionDetector, Rescore
+from ssod.core.interfaces import Features, RegionDetector
 from ssod.core.losses import weighted_box_loss, weighted_classification_loss
 from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples, Targets
 
@@ -75,35 +75,12 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         """Return the pyramid in fp32: anchors and pooled boxes take the dtype of the features."""
         return {name: level.float() for name, level in self.backbone(batch.tensor).items()}
 
-    def predict(
-        self, features: Features, batch: ImageBatch, rescore: Rescore | None = None
-    ) -> list[Detections]:
-        """Detect objects; see the base class."""
-        assert not self.training, (
-            "predict needs eval mode: the RPN proposes differently in training"
-        )
-        proposals, _ = self.propose(features, batch)
-        output = self.score_regions(features, proposals)
-        class_probs = output.logits.softmax(1)
-        if rescore is not None:
-            class_probs = rescore(class_probs, output.embeddings)
-        boxes = self.decode(torch.cat(proposals), output.deltas)
-        counts = [len(p) for p in proposals]
-        per_image = zip(
-            boxes.split(counts),
-            class_probs.split(counts),
-            output.embeddings.split(counts),
-            batch.sizes,
-            strict=True,
-        )
-        return [self._detect(*image) for image in per_image]
-
-    def _detect(
-        self, boxes: Tensor, class_probs: Tensor, embeddings: Tensor, size: tuple[int, int]
+    def detect(
+        self, boxes: Tensor, output: RegionOutput, class_probs: Tensor, size: tuple[int, int]
     ) -> Detections:
-        """Turn the regions of one image, boxes (R, K, 4), into detections."""
+        """Detect as `RoIHeads.postprocess_detections`; see the base class."""
         heads = self.roi_heads
-        boxes = clip_boxes_to_image(boxes, size)
+        boxes = clip_boxes_to_image(self.decode(boxes, output.deltas), size)
         region, classes = torch.where(class_probs[:, :-1] > heads.score_thresh)
         boxes, scores = boxes[region, classes], class_probs[region, classes]
         large = remove_small_boxes(boxes, min_size=1e-2)
@@ -111,7 +88,7 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         kept = kept[: heads.detections_per_img]
         region = region[kept]
         return Detections(
-            boxes[kept], scores[kept], classes[kept], class_probs[region], embeddings[region]
+            boxes[kept], scores[kept], classes[kept], class_probs[region], output.embeddings[region]
         )
 
     def propose(

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -51,6 +53,18 @@ def _loop_reference(boxes, scores, classes, true_boxes, true_classes, num_classe
                 hits[label] += 1
                 ious.append(best)
     return hits, found, true, ious
+
+
+def test_divergence_of_the_classes_is_that_of_smoothed_histograms():
+    def quality(pseudo, true):
+        boxes = [[(BOX, 0.9, label) for label in pseudo]]
+        return _quality(boxes, [[(FAR, label) for label in true]]).class_kl
+
+    # 3 + 1, 1 + 1, 0 + 1 of 7 true boxes against 1 + 1, 1 + 1, 2 + 1 of 7 pseudo-boxes.
+    expected = (4 * math.log(4 / 2) + 2 * math.log(2 / 2) + 1 * math.log(1 / 3)) / 7
+    assert quality([0, 1, 2, 2], [0, 0, 0, 1]) == pytest.approx(expected)
+    assert quality([2, 0, 0], [0, 0, 2]) == 0
+    assert quality([], []) == 0
 
 
 def _random_images(num_images, most_boxes):

@@ -32,7 +32,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "--checkpoint",
         metavar="FILE",
         help="checkpoint, a path or a name in RUN such as model_best.pth "
-        "(default: model_final.pth, or else the last one saved)",
+        "(default: the last one saved)",
     )
     parser.add_argument("--student", action="store_true", help="the student, not the teacher")
     parser.add_argument(
@@ -72,7 +72,7 @@ def find_checkpoint(folder: Path, name: str | None) -> Path:
 
     Args:
         folder: the run's.
-        name: a file in it, or a path; None for the final checkpoint or else the last one.
+        name: a file in it, or a path; None for the last checkpoint.
 
     Raises:
         InputError: if there is none.
@@ -80,10 +80,10 @@ def find_checkpoint(folder: Path, name: str | None) -> Path:
     if name is not None:
         candidates = [folder / name, Path(name)]
     else:
-        candidates = [folder / "model_final.pth"]
         last = folder / "last_checkpoint"
-        if last.is_file():
-            candidates.append(folder / last.read_text().strip())
+        if not last.is_file():
+            raise InputError(f"{folder}: has no checkpoint; train it, or name one by --checkpoint")
+        candidates = [folder / last.read_text().strip()]
     found = [path for path in candidates if path.is_file()]
     if not found:
         looked = " or ".join(dict.fromkeys(map(str, candidates)))

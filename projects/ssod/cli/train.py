@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from ssod.cli.common import run_command
@@ -63,10 +64,10 @@ def train_torchvision(args: argparse.Namespace) -> None:
     from ssod.hosts.torchvision.config import get_config
     from ssod.hosts.torchvision.loop import Trainer
 
-    if args.num_gpus != 1 or args.num_machines != 1:
+    if args.num_gpus != 1 or args.num_machines != 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError(
-            "SSOD.HOST torchvision trains in one process; --num-gpus and --num-machines are for "
-            "SSOD.HOST detectron2"
+            "SSOD.HOST torchvision trains in one process; --num-gpus, --num-machines and torchrun "
+            "are for SSOD.HOST detectron2"
         )
     cfg = merge_config(get_config(), args.config_file, args.opts)
     cfg.freeze()

@@ -27,6 +27,8 @@ class PseudoLabelQuality:
         mean_iou: mean IoU of the matched pairs.
         class_precision: (K,) float64 precision of each class.
         class_recall: (K,) float64 recall of each class.
+        class_kl: KL divergence, in nats, of the pseudo-boxes' class distribution from that of the
+            true boxes, each with one box a class added so that it is finite.
     """
 
     precision: float
@@ -36,6 +38,7 @@ class PseudoLabelQuality:
     mean_iou: float
     class_precision: Tensor
     class_recall: Tensor
+    class_kl: float
 
 
 def pseudo_label_quality(
@@ -92,7 +95,13 @@ def pseudo_label_quality(
         mean_iou=iou_sum / max(num_hits, 1),
         class_precision=hits.double() / found.clamp(min=1),
         class_recall=hits.double() / true.clamp(min=1),
+        class_kl=_divergence(true, found),
     )
+
+
+def _divergence(true: Tensor, found: Tensor) -> float:
+    p, q = ((counts + 1).double() / (counts + 1).sum() for counts in (true, found))
+    return float((p * (p / q).log()).sum())
 
 
 def _match_greedily(ious: Tensor, iou_thresh: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import pickle
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ssod.core.teacher_student import TeacherStudent
 from ssod.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -64,6 +68,25 @@ def load_matching(module: nn.Module, state: dict[str, Any], path: str | Path) ->
             "Use the config it was trained with."
         )
     module.load_state_dict(state)
+
+
+def load_teacher_student(model: TeacherStudent, state: dict[str, Any], path: str | Path) -> None:
+    """
+    Load the model of a run that is to be continued.
+
+    If the checkpoint is of another pseudo-label filter, the model's own starts anew, with one line
+    logged: filters can be exchanged during a run.
+
+    Raises:
+        InputError: as `load_matching`.
+    """
+    prefix = "pseudo_label_filter."
+    own = {name: v for name, v in model.state_dict().items() if name.startswith(prefix)}
+    saved = {name: v for name, v in state.items() if name.startswith(prefix)}
+    if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in saved.items()}:
+        logger.info("%s: it is of another pseudo-label filter; the one set starts anew", path)
+        state = {name: v for name, v in state.items() if name not in saved} | own
+    load_matching(model, state, path)
 
 
 def with_counters(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ to start a run from the end of another, `read_log(cfg)` with the torchvision hos
 
 from __future__ import annotations
 
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from fvcore.common.config import CfgNode
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import RunData
 from ssod.errors import InputError
+from ssod.hosts.files import replacing
 
 CONFIG_NAME = "config.yaml"
 
@@ -59,6 +59,5 @@ def check_same_config(cfg: CfgNode) -> None:
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file so that the target is complete or not there at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.copy(source, partial)
-    os.replace(partial, target)
+    with replacing(target) as partial:
+        shutil.copy(source, partial)

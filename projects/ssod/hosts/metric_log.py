@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+
+from ssod.hosts.files import replacing
 
 LOG_NAME = "metrics.json"
 
@@ -23,7 +24,5 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, float]]:
 def truncate_metrics(output_dir: str | Path, last_iteration: int) -> None:
     """Remove what an interrupted run wrote past an iteration and will write again."""
     kept = [line for line in read_metrics(output_dir) if line["iteration"] <= last_iteration]
-    path = Path(output_dir) / LOG_NAME
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    os.replace(partial, path)
+    with replacing(Path(output_dir) / LOG_NAME) as partial:
+        partial.write_text("".join(json.dumps(line) + "\n" for line in kept))

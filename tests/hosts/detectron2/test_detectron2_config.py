@@ -30,6 +30,8 @@ def test_the_defaults_can_be_used():
         ("TEST.AUG.ENABLED", "True"),
         ("TEST.PRECISE_BN.ENABLED", "True"),
         ("VIS_PERIOD", "10"),
+        ("INPUT.FORMAT", "L"),
+        ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
     ],
 )
 def test_what_would_be_left_out_in_silence_is_refused(key, value):

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
@@ -14,6 +13,7 @@ from detectron2.modeling import build_model
 from ssod.cli.main import main
 from ssod.errors import InputError
 from ssod.hosts.detectron2.export import export_config, export_detector
+from ssod.hosts.detectron2.run import Checkpointer
 from tiny_detectron2 import tiny_config
 from tiny_run import differences
 
@@ -29,7 +29,7 @@ def _save_run(cfg, name="model_final", started=True, shift=0.1):
         for parameter in model.teacher.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=shift)
     optimizer = torch.optim.SGD(model.student.parameters())
-    DetectionCheckpointer(model, cfg.OUTPUT_DIR, optimizer=optimizer).save(name, iteration=7)
+    Checkpointer(model, cfg.OUTPUT_DIR, optimizer=optimizer).save(name, iteration=7)
     return model
 
 
@@ -116,14 +116,14 @@ def test_either_detector_is_exported_under_detectron2s_names(finished, tmp_path,
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.yaml", "model.pth"]
 
 
-def test_checkpoint_is_the_final_or_the_last_or_the_one_named(run, tmp_path, capsys):
+def test_checkpoint_is_the_last_or_the_one_named(run, tmp_path, capsys):
     folder, cfg = run
     models = {"model_0000001": _save_run(cfg, "model_0000001", shift=0.2)}
     assert main(["export", str(folder)]) == 0  # from `last_checkpoint`
     assert f"teacher of {folder / 'model_0000001.pth'}" in capsys.readouterr().out
     models["model_final"] = _save_run(cfg)
     _save_run(cfg, "model_best", shift=0.3)
-    assert main(["export", str(folder)]) == 0  # although it was not the last to be saved
+    assert main(["export", str(folder)]) == 0  # the best is not the last, whenever it was saved
     expected = dict(models["model_final"].teacher.state_dict())
     assert differences(dict(_model_of(folder / "exported")), expected) == []
 
@@ -151,9 +151,9 @@ def test_what_is_missing_is_named(run, tmp_path, capsys):
     folder, _ = run
     status = main(["export", str(tmp_path / "nowhere")])
     _assert_one_line_error(capsys, status, str(tmp_path / "nowhere"), "OUTPUT_DIR of a run")
-    _assert_one_line_error(capsys, main(["export", str(folder)]), "model_final.pth", "--checkpoint")
+    _assert_one_line_error(capsys, main(["export", str(folder)]), "no checkpoint", "--checkpoint")
     (folder / "last_checkpoint").write_text("model_0000002.pth")
-    _assert_one_line_error(capsys, main(["export", str(folder)]), "or", "model_0000002.pth")
+    _assert_one_line_error(capsys, main(["export", str(folder)]), "model_0000002.pth")
     status = main(["export", str(folder), "--checkpoint", "model_best.pth"])
     _assert_one_line_error(capsys, status, f"no checkpoint {folder / 'model_best.pth'}")
 

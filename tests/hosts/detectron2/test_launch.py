@@ -59,7 +59,7 @@ def test_training_then_resuming_then_evaluating(run, shapes, tmp_path):
 
     status, trained, _ = run("--resume", *_options(shapes, tmp_path))
     assert status == 0
-    assert max(line["iteration"] for line in read_metrics(tmp_path)) == MAX_ITER
+    assert max(line["iteration"] for line in read_metrics(tmp_path)) == MAX_ITER - 1
 
     for args in (
         (),
@@ -68,6 +68,24 @@ def test_training_then_resuming_then_evaluating(run, shapes, tmp_path):
         status, out, _ = run("--eval-only", *_options(shapes, tmp_path), *args)
         assert status == 0
         assert _table(out) == _table(trained)
+
+
+def test_refused_resume_leaves_the_config_of_the_run(run, shapes, tmp_path):
+    keys = ("SOLVER.MAX_ITER", 1, "SSOD.DATA.VAL_JSON", "", "SSOD.UNSUP_LOSS_WEIGHT", 0)
+    assert run(*_options(shapes, tmp_path, *keys))[0] == 0
+    before = (tmp_path / "config.yaml").read_text()
+    options = _options(shapes, tmp_path, *keys, "MODEL.ROI_BOX_HEAD.FC_DIM", 8)
+    assert run("--resume", *options)[0] == 2
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_expected_results_are_verified(run, shapes, tmp_path):
+    keys = ("SOLVER.MAX_ITER", 1, "SSOD.UNSUP_LOSS_WEIGHT", 0, "TEST.EXPECTED_RESULTS")
+    assert run(*_options(shapes, tmp_path, *keys, [["bbox", "AP", 0.0, 100.0]]))[0] == 0
+    for args in (("--resume",), ("--eval-only",)):
+        with pytest.raises(SystemExit) as stop:
+            run(*args, *_options(shapes, tmp_path, *keys, [["bbox", "AP", 250.0, 1.0]]))
+        assert stop.value.code == 1
 
 
 @pytest.mark.parametrize(
@@ -101,7 +119,7 @@ def test_torchrun_starts_what_the_config_scales_to(shapes, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert [row[0] for row in _table(done.stdout)] == ["teacher", "student"]
     lines = read_metrics(tmp_path)
-    assert max(line["iteration"] for line in lines) == MAX_ITER
+    assert max(line["iteration"] for line in lines) == MAX_ITER - 1
     assert max(line.get("lr", 0) for line in lines) == pytest.approx(0.02)
     assert any("pseudo/recall" in line for line in lines)
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]["_extra_state"]

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 
 from ssod.config import add_detectron2_config, add_ssod_config
+from ssod.core.distributed import get_world_size
 from ssod.errors import InputError
 
 LEVELS = ["p2", "p3", "p4", "p5"]
-_ONLY_VALUE = {  # of keys of Detectron2 that this host does not implement otherwise
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": "choice",
-    "INPUT.CROP.ENABLED": False,
-    "DATALOADER.SAMPLER_TRAIN": "TrainingSampler",
-    "DATALOADER.ASPECT_RATIO_GROUPING": True,
-    "VIS_PERIOD": 0,
-    "TEST.AUG.ENABLED": False,
-    "TEST.PRECISE_BN.ENABLED": False,
-    "DATASETS.PROPOSAL_FILES_TRAIN": (),
-    "MODEL.LOAD_PROPOSALS": False,
+DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_SUPPORTED: dict[str, tuple[Any, ...]] = {  # values; what else Detectron2 has is not implemented
+    "MODEL.META_ARCHITECTURE": ("TeacherStudentRCNN",),
+    "MODEL.LOAD_PROPOSALS": (False,),
+    "INPUT.FORMAT": ("BGR", "RGB"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice",),
+    "INPUT.CROP.ENABLED": (False,),
+    "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
+    "DATALOADER.ASPECT_RATIO_GROUPING": (True,),
+    "TEST.AUG.ENABLED": (False,),
+    "TEST.PRECISE_BN.ENABLED": (False,),
+    "VIS_PERIOD": (0,),
+    "SSOD.EVAL_MODEL": ("teacher", "student"),
+    "SSOD.AMP_DTYPE": ("float16", "bfloat16"),
 }
 
 
@@ -36,7 +44,7 @@ def get_config() -> CfgNode:
     cfg.SSOD.HOST = "detectron2"
     cfg.SEED = 0
     model = cfg.MODEL
-    model.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    model.DEVICE = DEFAULT_DEVICE
     model.META_ARCHITECTURE = "TeacherStudentRCNN"
     model.BACKBONE.NAME = "build_resnet_fpn_backbone"
     model.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
@@ -66,28 +74,31 @@ def check_config(cfg: CfgNode) -> None:
         InputError: for a key of Detectron2 with a value that is not implemented here, or a
             device that cannot be used.
     """
-    for key, value in _ONLY_VALUE.items():
-        found = cfg
-        for part in key.split("."):
-            found = found[part]
-        if found != value:
-            raise InputError(f"{key} must be {value!r}, got {found!r}: nothing else is supported")
-    for key, known in (
-        ("EVAL_MODEL", ("teacher", "student")),
-        ("AMP_DTYPE", ("float16", "bfloat16")),
-    ):
-        if cfg.SSOD[key] not in known:
-            raise InputError(f"SSOD.{key} must be one of {list(known)}, got {cfg.SSOD[key]!r}")
+    for key, values in _SUPPORTED.items():
+        found = functools.reduce(lambda group, name: group[name], key.split("."), cfg)
+        if found not in values:
+            known = " or ".join(repr(value) for value in values)
+            raise InputError(f"{key} must be {known}, got {found!r}: nothing else is supported")
     if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
         raise InputError(
             f"SOLVER.CHECKPOINT_PERIOD must be at least 1, got {cfg.SOLVER.CHECKPOINT_PERIOD}"
         )
+    device = cfg.MODEL.DEVICE
     try:
-        torch.empty(1, device=cfg.MODEL.DEVICE)
+        torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(f"MODEL.DEVICE {device!r} cannot be used here; set it to cpu") from error
+    if get_world_size() > 1 and device != DEFAULT_DEVICE:
         raise InputError(
-            f"MODEL.DEVICE {cfg.MODEL.DEVICE!r} cannot be used here; set it to cpu"
-        ) from error
+            f"MODEL.DEVICE must be {DEFAULT_DEVICE!r} for several processes here, got {device!r}"
+        )
+    if (
+        cfg.SOLVER.AMP.ENABLED
+        and cfg.SSOD.AMP_DTYPE == "bfloat16"
+        and device.startswith("cuda")
+        and not torch.cuda.is_bf16_supported(False)
+    ):
+        raise InputError("this GPU does not have bfloat16; set SSOD.AMP_DTYPE float16")
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:

@@ -55,8 +55,7 @@ def branch(source: Path, target: Path) -> None:
 def read_log(cfg: CfgNode) -> list[dict[str, float]]:
     """Return the lines of a run's log, with the number of iterations done at each."""
     lines = [_rename(line) for line in read_metrics(cfg.OUTPUT_DIR)]
-    # Detectron2 counts from 0, but logs the last evaluation after the end.
-    return [line | {"iteration": min(line["iteration"] + 1, cfg.SOLVER.MAX_ITER)} for line in lines]
+    return [line | {"iteration": line["iteration"] + 1} for line in lines]  # counted from 0
 
 
 def predictions_file(run: Path, model: str) -> Path:

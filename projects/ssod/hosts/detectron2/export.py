@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +12,7 @@ from detectron2.modeling import build_model
 from ssod.errors import InputError
 from ssod.hosts.checkpoint import load_matching, read_checkpoint
 from ssod.hosts.detectron2.weights import detector_state
+from ssod.hosts.files import replacing
 
 WEIGHTS_NAME, CONFIG_NAME = "model.pth", "config.yaml"
 
@@ -65,12 +65,10 @@ def export_detector(
     plain.MODEL.DEVICE = cfg.MODEL.DEVICE
     try:
         output.mkdir(parents=True, exist_ok=True)
-        partial = weights.with_suffix(".partial")
-        torch.save({"model": detector.state_dict()}, partial)
-        os.replace(partial, weights)
-        partial = config.with_suffix(".partial")
-        partial.write_text(plain.dump())
-        os.replace(partial, config)
+        with replacing(weights) as partial:
+            torch.save({"model": detector.state_dict()}, partial)
+        with replacing(config) as partial:
+            partial.write_text(plain.dump())
     except (OSError, RuntimeError) as error:  # the latter of torch.save
         raise InputError(f"{output}: cannot be written ({error}); choose another folder") from error
 

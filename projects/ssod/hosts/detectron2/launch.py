@@ -13,6 +13,7 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import default_setup, launch
 from detectron2.engine.launch import DEFAULT_TIMEOUT
+from detectron2.evaluation import verify_results
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -25,6 +26,7 @@ from ssod.evaluation.report import format_table
 from ssod.hosts.detectron2.config import get_config, scale_to_world_size
 from ssod.hosts.detectron2.run import Run, find_checkpoint, is_run_checkpoint
 
+INPUT_ERROR = 2  # exit status of a process that has told what is wrong with its input
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
@@ -41,16 +43,11 @@ def run(args: argparse.Namespace) -> None:
         InputError: for more processes than GPUs; and as `Run`, if there is one process.
         SystemExit: with the status of a process that failed, which has said why.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if dist.is_torchelastic_launched():
         _join_torchrun()
         _work(args)
         return
-    num_visible = torch.cuda.device_count()
-    if args.num_gpus < 1 or (num_visible and args.num_gpus > num_visible):
-        raise InputError(
-            f"--num-gpus must be at least 1 and at most the {num_visible} GPUs of this machine, "
-            f"got {args.num_gpus}"
-        )
+    _check_processes("--num-gpus", args.num_gpus)
     if args.num_machines > 1 and args.dist_url == "auto":
         raise InputError("--num-machines above 1 needs --dist-url tcp://HOST:PORT of machine 0")
     try:
@@ -63,17 +60,28 @@ def run(args: argparse.Namespace) -> None:
             args=(args,),
         )
     except ProcessExitedException as error:
-        sys.exit(error.exit_code)
+        if error.exit_code != INPUT_ERROR:  # such as being killed for its memory
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(max(error.exit_code, 1))
+
+
+def _check_processes(what: str, count: int) -> None:
+    num_gpus = torch.cuda.device_count()
+    if count < 1:
+        raise InputError(f"{what} must be at least 1, got {count}")
+    if 0 < num_gpus < count:
+        raise InputError(f"{what} is {count}, but this machine has {num_gpus} GPUs to use")
 
 
 def _join_torchrun() -> None:
     """Do what Detectron2's launcher does, in a process that torchrun has started."""
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank, local_size = (int(os.environ[f"LOCAL_{n}"]) for n in ("RANK", "WORLD_SIZE"))
+    _check_processes("torchrun's --nproc-per-node", local_size)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=DEFAULT_TIMEOUT)
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    comm.create_local_process_group(local_size)
 
 
 def _work(args: argparse.Namespace) -> None:
@@ -87,7 +95,7 @@ def _work(args: argparse.Namespace) -> None:
         if get_rank() > 0:
             time.sleep(5)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(INPUT_ERROR)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -96,17 +104,21 @@ def main(args: argparse.Namespace) -> None:
     cfg = scale_to_world_size(cfg, get_world_size())
     checkpoint = _choose_checkpoint(cfg, args)
     cfg.freeze()
-    if not args.eval_only:
+    run = Run(cfg, checkpoint)
+    if args.eval_only:
+        results = run.evaluate()
+    else:
+        # After the checks: it writes the config into a folder that may be of an earlier run.
         default_setup(cfg, args)
         setup_logger(cfg.OUTPUT_DIR, distributed_rank=get_rank(), name="ssod")
-    run = Run(cfg, checkpoint)
-    results = run.evaluate() if args.eval_only else run.train()
+        results = run.train()
     if not comm.is_main_process():
         return
     if args.eval_only and not results:
         raise InputError("--eval-only needs a test set; set SSOD.DATA.VAL_JSON or DATASETS.TEST")
     if results:
         print(format_results(results))
+        verify_results(cfg, results)
 
 
 def _choose_checkpoint(cfg: CfgNode, args: argparse.Namespace) -> str:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.engine import create_ddp_model, default_writers, hooks
-from detectron2.evaluation import verify_results
+from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
@@ -26,26 +27,38 @@ from ssod.data.build import RunData, build_train_loader
 from ssod.data.datasets import DetectionDataset
 from ssod.data.loader import FailedImages
 from ssod.errors import InputError
-from ssod.hosts.checkpoint import load_matching, read_checkpoint
+from ssod.hosts.checkpoint import load_teacher_student, read_checkpoint
 from ssod.hosts.detectron2.config import check_config
 from ssod.hosts.detectron2.data import load_run_data
 from ssod.hosts.detectron2.evaluation import evaluate, test_dataset_names
-from ssod.hosts.detectron2.hooks import BestCheckpointer, PeriodicCheckpointer
+from ssod.hosts.detectron2.hooks import (
+    BEST_CHECKPOINT,
+    BestCheckpointer,
+    EvalHook,
+    PeriodicCheckpointer,
+)
 from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
 from ssod.hosts.detectron2.solver import build_clipper, build_optimizer
 from ssod.hosts.detectron2.trainer import TeacherStudentTrainer
-from ssod.hosts.detectron2.weights import load_weights
-from ssod.hosts.metric_log import truncate_metrics
+from ssod.hosts.detectron2.weights import load_weights, local_path
+from ssod.hosts.files import replacing
+from ssod.hosts.metric_log import LOG_NAME, read_metrics, truncate_metrics
 from ssod.hosts.monitor import choose_monitored, monitor_pseudo_labels
 
 logger = logging.getLogger(__name__)
 
 
-BEST_CHECKPOINT = "model_best"
-
-
 class Checkpointer(DetectionCheckpointer):
-    """Replaces a file only once the new one is complete; the best one is not the one to resume."""
+    """
+    Replaces a file only once the new one is complete; the best one is not the one to resume.
+
+    Args:
+        config: the run's as YAML, saved with the states.
+    """
+
+    def __init__(self, *args: Any, config: str = "", **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._config = config
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write `name`.pth with the model, what else there is to checkpoint, and `kwargs`."""
@@ -53,11 +66,12 @@ class Checkpointer(DetectionCheckpointer):
             return
         states = {key: item.state_dict() for key, item in self.checkpointables.items()}
         path = Path(self.save_dir) / f"{name}.pth"
-        partial = path.with_suffix(".partial")
-        torch.save({"model": self.model.state_dict()} | states | kwargs, partial)
-        os.replace(partial, path)
+        content = {"model": self.model.state_dict(), "config": self._config} | states | kwargs
+        with replacing(path) as partial:
+            torch.save(content, partial)
         if name != BEST_CHECKPOINT:
-            self.tag_last_checkpoint(path.name)
+            with replacing(path.with_name("last_checkpoint")) as partial:
+                partial.write_text(path.name)
         logger.info("saved %s", path)
 
 
@@ -68,7 +82,30 @@ def find_checkpoint(output_dir: str) -> str:
 
 def is_run_checkpoint(path: str) -> bool:
     """Whether a file holds student and teacher, rather than the weights of one detector."""
+    path = local_path(path)
     return path.endswith(".pth") and "_extra_state" in read_checkpoint(path).get("model", {})
+
+
+def _check_same_world(cfg: CfgNode, saved: str, checkpoint: str) -> None:
+    """Refuse to continue a schedule that was scaled to another number of processes."""
+    before = yaml.safe_load(saved)["SOLVER"]["REFERENCE_WORLD_SIZE"]
+    now = cfg.SOLVER.REFERENCE_WORLD_SIZE
+    if before and now and before != now:
+        raise InputError(
+            f"{checkpoint}: its schedule is for {before} processes, but there are {now}; continue "
+            f"with {before}"
+        )
+
+
+def _build(function: Callable[..., Any], cfg: CfgNode, *args: Any) -> Any:
+    """Turn what Detectron2 says of a config that does not fit into one line."""
+    try:
+        return function(cfg, *args)
+    except InputError:
+        raise
+    except (KeyError, ValueError, AssertionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"the config does not fit Detectron2: {reason}") from error
 
 
 def _check_accumulation(cfg: CfgNode) -> None:
@@ -127,15 +164,17 @@ class Run:
         self.output = Path(cfg.OUTPUT_DIR)
         self.data: RunData = load_run_data(cfg)
         torch.manual_seed(cfg.SEED)
-        self.model: TeacherStudentRCNN = _synchronize_norms(build_model(cfg))
+        self.model: TeacherStudentRCNN = _synchronize_norms(_build(build_model, cfg))
         self.device = self.model.device
         self._results: dict[str, Any] = {}
         self._state: dict[str, Any] = {}
         if checkpoint:
+            checkpoint = local_path(checkpoint)
             self._state = read_checkpoint(checkpoint)
-            if "model" not in self._state or "trainer" not in self._state:
+            if not {"model", "trainer", "config"} <= self._state.keys():
                 raise InputError(f"{checkpoint}: not a checkpoint of a run; it cannot be continued")
-            load_matching(self.model, self._state["model"], checkpoint)
+            _check_same_world(cfg, self._state["config"], checkpoint)
+            load_teacher_student(self.model, self._state["model"], checkpoint)
             logger.info("%s is at iteration %d", checkpoint, self.model.iteration)
         elif cfg.MODEL.WEIGHTS:
             load_weights(self.model, cfg.MODEL.WEIGHTS)
@@ -150,8 +189,13 @@ class Run:
         Returns:
             The last evaluation's results on the main rank, as `evaluate`.
         """
+        start_iter, max_iter = self.model.iteration, self.cfg.SOLVER.MAX_ITER
+        if len(set(comm.all_gather(start_iter))) > 1:
+            raise InputError(
+                f"{self.output}: the processes found different checkpoints in it; OUTPUT_DIR must "
+                "be one folder that all machines see"
+            )
         self.output.mkdir(parents=True, exist_ok=True)
-        start_iter = self.model.iteration
         if comm.is_main_process():  # before the writers open the file
             # Detectron2 logs the iteration that has just begun, counted from 0.
             truncate_metrics(self.output, start_iter - 1)
@@ -160,10 +204,21 @@ class Run:
         if self._state:
             trainer.load_state_dict(self._state["trainer"])
             self._state = {}
-        trainer.train(start_iter, self.cfg.SOLVER.MAX_ITER)
-        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
-            verify_results(self.cfg, self._results)
+        if start_iter >= max_iter:
+            return self._evaluate_again()
+        trainer.train(start_iter, max_iter)
         return self._results
+
+    def _evaluate_again(self) -> dict[str, Any]:
+        """Evaluate a finished run, which may have been stopped before its last evaluation."""
+        results = self.evaluate()
+        last = self.cfg.SOLVER.MAX_ITER - 1
+        lines = [line for line in read_metrics(self.output) if line["iteration"] == last]
+        flat = flatten_results_dict(results)
+        if flat and not any(line.keys() >= flat.keys() for line in lines):
+            with (self.output / LOG_NAME).open("a") as file:
+                file.write(json.dumps({"iteration": last} | flat) + "\n")
+        return results
 
     def evaluate(self) -> dict[str, Any]:
         """
@@ -215,21 +270,22 @@ class Run:
         """Detectron2's hooks, in its order: save, then evaluate, then write."""
         cfg = self.cfg
         names = test_dataset_names(cfg)
-        checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, trainer=trainer)
-        found = [
-            hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=build_lr_scheduler(cfg, trainer.optimizer)),
-        ]
+        checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, trainer=trainer, config=cfg.dump())
+        scheduler = _build(build_lr_scheduler, cfg, trainer.optimizer)
+        # A function of the iteration alone, so the config's may be changed during a run.
+        scheduler.last_epoch = self.model.iteration
+        for group, lr in zip(trainer.optimizer.param_groups, scheduler.get_lr(), strict=True):
+            group["lr"] = lr
+        found = [hooks.IterationTimer(), hooks.LRScheduler(scheduler=scheduler)]
         if comm.is_main_process():
             keep = cfg.SSOD.CHECKPOINTS_TO_KEEP
             period = cfg.SOLVER.CHECKPOINT_PERIOD
             found.append(PeriodicCheckpointer(checkpointer, period, max_to_keep=keep))
         if names:
-            found.append(hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate))
+            found.append(EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate))
         if comm.is_main_process():
             if names:
-                metric = _main_metric(names)
-                found.append(BestCheckpointer(cfg.TEST.EVAL_PERIOD, checkpointer, metric))
+                found.append(BestCheckpointer(checkpointer, _main_metric(names)))
             writers = default_writers(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER)
             found.append(hooks.PeriodicWriter(writers, cfg.SSOD.LOG_PERIOD))
         return found

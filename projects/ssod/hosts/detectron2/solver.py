@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from detectron2.config import CfgNode
@@ -13,7 +12,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_no
 
 from ssod.errors import InputError
 
-Clipper = Callable[[Sequence[nn.Parameter], Tensor], None]
+Clipper = Callable[[Sequence[nn.Parameter], Tensor], object]
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -65,18 +64,13 @@ def build_clipper(cfg: CfgNode) -> Clipper | None:
         return None
     if clip.CLIP_TYPE == "full_model":
         return lambda parameters, norm: clip_grads_with_norm_(parameters, clip.CLIP_VALUE, norm)
-    clippers = {
-        "value": partial(clip_grad_value_, clip_value=clip.CLIP_VALUE),
-        "norm": partial(clip_grad_norm_, max_norm=clip.CLIP_VALUE, norm_type=clip.NORM_TYPE),
-    }
-    if clip.CLIP_TYPE not in clippers:
-        raise InputError(
-            f"SOLVER.CLIP_GRADIENTS.CLIP_TYPE must be one of {[*clippers, 'full_model']}, "
-            f"got {clip.CLIP_TYPE!r}"
-        )
-
-    def clip_each(parameters: Sequence[nn.Parameter], norm: Tensor) -> None:
-        for parameter in parameters:
-            clippers[clip.CLIP_TYPE](parameter)
-
-    return clip_each
+    if clip.CLIP_TYPE == "value":
+        return lambda parameters, norm: clip_grad_value_(parameters, clip.CLIP_VALUE)
+    if clip.CLIP_TYPE == "norm":
+        return lambda parameters, norm: [
+            clip_grad_norm_(parameter, clip.CLIP_VALUE, clip.NORM_TYPE) for parameter in parameters
+        ]
+    raise InputError(
+        'SOLVER.CLIP_GRADIENTS.CLIP_TYPE must be "value", "norm" or "full_model", '
+        f"got {clip.CLIP_TYPE!r}"
+    )

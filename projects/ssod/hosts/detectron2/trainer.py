@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from ssod.core.distributed import get_world_size, mean_over_ranks, seed_step
+from ssod.core.distributed import get_rank, get_world_size, mean_over_ranks, seed_step
 from ssod.core.structures import TwoStreamBatch, Views
 from ssod.data.loader import FailedImages
 from ssod.errors import InputError
@@ -83,7 +83,7 @@ class TeacherStudentTrainer(SimpleTrainer):
         self._finite: list[Tensor] = []
         self._file_names: list[list[str]] = []
         self._data_seconds = 0.0
-        self.num_skipped = self.num_skipped_in_row = 0
+        self.num_skipped = self.num_skipped_in_row = 0  # as of the last line of metrics
 
     @property
     def _scales_losses(self) -> bool:
@@ -158,17 +158,16 @@ class TeacherStudentTrainer(SimpleTrainer):
         tensor = self._finite[0].new_tensor
         values = {name: _finite_mean(torch.stack(v)) for name, v in self._window.items()}
         values |= {f"finite/{i}": flag for i, flag in enumerate(self._finite)}
-        counts = {
-            "data_time": self._data_seconds / len(self._finite),
-            "images/failed": self.failed.num_failed,
-            "images/drawn": self.failed.num_drawn,
-        }
-        values |= {k: tensor(v, dtype=torch.float64) for k, v in counts.items()}
+        world_size = get_world_size()
+        counts = {"images/failed": self.failed.num_failed, "images/drawn": self.failed.num_drawn}
+        # A place for each rank, of which the slowest is what all wait for.
+        seconds = {f"seconds/{rank}": 0.0 for rank in range(world_size)}
+        seconds[f"seconds/{get_rank()}"] = self._data_seconds / len(self._finite)
+        values |= {k: tensor(v, dtype=torch.float64) for k, v in (counts | seconds).items()}
         mean = mean_over_ranks(values)
         finite = [mean.pop(f"finite/{i}") == 1 for i in range(len(self._finite))]
-        num_failed, num_drawn = (
-            round(mean.pop(f"images/{name}") * get_world_size()) for name in ("failed", "drawn")
-        )
+        num_failed, num_drawn = (round(mean.pop(name) * world_size) for name in counts)
+        mean["data_time"] = max(mean.pop(name) * world_size for name in seconds)
         self._count_skipped(finite)
         mean["skipped_steps"] = self.num_skipped
         if self._scales_losses:
@@ -191,18 +190,23 @@ class TeacherStudentTrainer(SimpleTrainer):
                     f"the gradients of {self.num_skipped_in_row} steps in a row were not finite "
                     "(SSOD.MAX_SKIPPED_STEPS)"
                 )
-                raise InputError(self._diverged(iteration, reason, self._file_names[index]))
+                # All ranks are here; the cause may be an image of any of them.
+                files = sum(comm.all_gather(self._file_names[index]), [])
+                raise InputError(self._diverged(iteration, reason, files))
 
     def state_dict(self) -> dict[str, Any]:
-        """Add the loss scale, and which optimizer the state is of."""
+        """Add the loss scale, skipped steps, and which optimizer the state is of."""
         return super().state_dict() | {
             "grad_scaler": self.grad_scaler.state_dict(),
+            "skipped": [self.num_skipped, self.num_skipped_in_row],
             "optimizer_name": type(self.optimizer).__name__,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """
-        Restore what `state_dict` returned.
+        Restore what `state_dict` returned, but for learning rate, momentum and weight decay.
+
+        Those are of the config, which may have been changed for what is left of the training.
 
         Raises:
             InputError: for the state of another optimizer, or for other parameters.
@@ -213,11 +217,16 @@ class TeacherStudentTrainer(SimpleTrainer):
                 f"the checkpoint's optimizer is {state_dict.get('optimizer_name')}, but "
                 f"SSOD.OPTIMIZER asks for {name}: set it as it was"
             )
+        groups = [dict(group) for group in self.optimizer.param_groups]
         try:
-            super().load_state_dict(state_dict)
+            # The one hook with a state is the schedule, a function of the iteration alone.
+            super().load_state_dict({k: v for k, v in state_dict.items() if k != "hooks"})
         except ValueError as error:
             raise InputError(f"the checkpoint's optimizer does not fit: {error}") from error
-        # An empty state is that of a run without loss scaling.
+        for loaded, group in zip(self.optimizer.param_groups, groups, strict=True):
+            loaded.update({k: v for k, v in group.items() if k != "params"})
+        self.num_skipped, self.num_skipped_in_row = state_dict["skipped"]
+        # A run without loss scaling has a scale of 1, which would take long to grow.
         if self._scales_losses and state_dict["grad_scaler"]["scale"] != 1.0:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 

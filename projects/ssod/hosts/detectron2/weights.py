@@ -76,7 +76,7 @@ def load_weights(model: TeacherStudentRCNN, path: str) -> None:
         InputError: if the file cannot be read, holds anything but arrays, or does not match; then
             nothing is changed.
     """
-    path = _local_path(path)
+    path = local_path(path)
     content = _read_content(path)
     weights = content.get("model", content.get("blobs", content))
     state = _to_tensors(weights, path)
@@ -115,7 +115,13 @@ class _ArrayUnpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
 
-def _local_path(path: str) -> str:
+def local_path(path: str) -> str:
+    """
+    Return the file that a path or a URL of Detectron2's `PathManager` means.
+
+    Raises:
+        InputError: if it cannot be fetched.
+    """
     try:
         return PathManager.get_local_path(path)
     except (OSError, LookupError, RuntimeError, ValueError, HTTPException) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from ssod.core.teacher_student import TeacherStudent
 from ssod.errors import InputError
 from ssod.hosts.checkpoint import load_matching, read_checkpoint, with_counters
+from ssod.hosts.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +36,8 @@ def save_checkpoint(
         "optimizer_name": type(optimizer).__name__,
         "config": config,
     }
-    partial = Path(f"{path}.partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    with replacing(Path(path)) as partial:
+        torch.save(state, partial)
 
 
 def load_detector_weights(detector: nn.Module, path: str | Path) -> None:

@@ -23,7 +23,7 @@ from ssod.data.datasets import DetectionDataset
 from ssod.data.loader import FailedImages
 from ssod.errors import InputError
 from ssod.evaluation.coco_metrics import coco_metrics
-from ssod.hosts.checkpoint import load_matching, read_checkpoint
+from ssod.hosts.checkpoint import load_teacher_student, read_checkpoint
 from ssod.hosts.experiment import CONFIG_NAME
 from ssod.hosts.inference import detect
 from ssod.hosts.monitor import choose_monitored, monitor_pseudo_labels
@@ -69,7 +69,7 @@ class Trainer:
         state = read_checkpoint(self.checkpoint)
         if "model" not in state or "optimizer" not in state:
             raise InputError(f"{self.checkpoint}: not a checkpoint of a run; it cannot be resumed")
-        load_matching(self.model, state["model"], self.checkpoint)
+        load_teacher_student(self.model, state["model"], self.checkpoint)
         try:
             # Loading another optimizer's state succeeds; its first step would fail.
             name = state.get("optimizer_name")

@@ -72,6 +72,8 @@ def add_ssod_config(cfg: CfgNode) -> None:
     ssod.FILTER.NAME = "FixedThreshold"
     # FixedThreshold: probability above which a detection is learned (Unbiased Teacher).
     ssod.FILTER.SCORE_THRESH = 0.7
+    _add_adaptive_threshold(ssod.FILTER)
+    _add_soft_match(ssod.FILTER)
 
     ssod.DATA = type(cfg)()
     data = ssod.DATA
@@ -98,6 +100,40 @@ def add_ssod_config(cfg: CfgNode) -> None:
     data.SKIP_INVALID_BOXES = False
     # Share of the images drawn that may fail to decode before training stops, in [0, 1].
     data.MAX_FAILED_SHARE = 0.01
+
+
+def _add_adaptive_threshold(group: CfgNode) -> None:
+    # AdaptiveClassThreshold: detections that thresholds are computed from. "queue": of the last
+    # unlabeled images of the training; "sweep": of a sample, found by the teacher for it (paper).
+    group.SOURCE = "queue"
+    # Iterations between two computations of the thresholds (LabelMatch's configs).
+    group.REFRESH_PERIOD = 1000
+    # Images in the queue, over all processes (LabelMatch's online variant).
+    group.QUEUE_IMAGES = 12800
+    # Unlabeled images of a sweep (LabelMatch's configs).
+    group.SWEEP_IMAGES = 10000
+    # Share of the expected boxes that is reliable, in [0, 1] (LabelMatch's code).
+    group.RELIABLE_FRACTION = 0.2
+    # Least threshold, a probability (LabelMatch's code).
+    group.MIN_SCORE = 0.05
+
+
+def _add_soft_match(group: CfgNode) -> None:
+    # SoftMatchWeighting: share of the statistics kept at each iteration, in [0, 1) (SoftMatch).
+    # Training after the burn-in must be much longer than 1 / (1 - EMA_DECAY) iterations.
+    group.EMA_DECAY = 0.999
+    # Weights are exp(-(N_SIGMA * d)^2 / 2), d standard deviations below the mean (SoftMatch).
+    group.N_SIGMA = 2.0
+    # Statistics of all scores, "global" (SoftMatch), or of each class, "per_class".
+    group.SCOPE = "global"
+    # How they start: "paper" (mean 1 / classes, variance 1), or from the first boxes alone,
+    # "bias_corrected". The former weighs every box by 1 for thousands of iterations.
+    group.START = "bias_corrected"
+    # Frequency of classes that predictions are aligned to: of "labeled" boxes, "uniform"
+    # (SoftMatch) or "none". Boxes are long-tailed, so "uniform" prefers rare classes.
+    group.ALIGNMENT = "labeled"
+    # Probability from which a detection is learned at all (ours: it decides the precision).
+    group.POOL_FLOOR = 0.5
 
 
 def add_detectron2_config(cfg: CfgNode) -> None:

@@ -2,12 +2,53 @@ import copy
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
-from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY, FixedThreshold
+from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY, FixedThreshold, build_filter
 from ssod.core.structures import Detections
+from ssod.errors import InputError
 from ssod.hosts.torchvision.config import get_config
 
 NUM_CLASSES = 3
+WAITING = {"tolist", "item", "numpy", "cpu", "nonzero", "masked_select", "bincount", "unique"}
+WAITING |= {"equal", "allclose", "__bool__", "__int__", "__float__", "__index__", "__contains__"}
+
+
+def make_detections(scores, classes, num_classes=NUM_CLASSES, dtype=torch.float32):
+    """Detections, best first, whose region has the rest of the probability anywhere else."""
+    scores = torch.as_tensor(scores, dtype=dtype)
+    classes = torch.as_tensor(classes, dtype=torch.int64)
+    rest = torch.rand(len(scores), num_classes + 1, dtype=torch.float64) + 0.01
+    rest[torch.arange(len(scores)), classes] = 0
+    probs = rest / rest.sum(1, keepdim=True) * (1 - scores.double())[:, None]
+    probs[torch.arange(len(scores)), classes] = scores.double()
+    boxes = torch.rand(len(scores), 4)
+    return Detections(boxes, scores, classes, probs.to(dtype), torch.rand(len(scores), 2))
+
+
+def random_images(generator, sizes, num_classes=NUM_CLASSES, low=0.0, dtype=torch.float32):
+    """Images with so many detections, of random classes and scores above `low`."""
+    images = []
+    for size in sizes:
+        scores = low + (1 - low) * torch.rand(size, generator=generator, dtype=torch.float64)
+        classes = torch.randint(num_classes, (size,), generator=generator)
+        scores = scores.sort(descending=True).values
+        images.append(make_detections(scores, classes, num_classes, dtype))
+    return images
+
+
+class HostReads(TorchFunctionMode):
+    """Counts calls for which the host waits for the device, if there is one."""
+
+    def __enter__(self):
+        self.count = 0
+        return super().__enter__()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        indices = args[1:2] if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) else ()
+        by_mask = any(isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in indices)
+        self.count += func.__name__ in WAITING or by_mask
+        return func(*args, **(kwargs or {}))
 
 
 def _detections(scores):
@@ -107,3 +148,44 @@ def test_the_config_names_the_filter_and_its_threshold():
 def test_an_unknown_filter_is_refused_by_name():
     with pytest.raises(KeyError, match="No object named 'NoSuchFilter'"):
         PSEUDO_LABEL_FILTER_REGISTRY.get("NoSuchFilter")
+    cfg = get_config()
+    cfg.SSOD.FILTER.NAME = "NoSuchFilter"
+    with pytest.raises(InputError, match="AdaptiveClass.*Fixed.*SoftMatch.*got 'NoSuchFilter'"):
+        build_filter(cfg, NUM_CLASSES)
+
+
+@pytest.mark.parametrize("name", ["FixedThreshold", "AdaptiveClassThreshold", "SoftMatchWeighting"])
+def test_every_filter_is_built_from_the_default_config(name):
+    cfg = get_config()
+    cfg.SSOD.FILTER.NAME = name
+    labels = build_filter(cfg, NUM_CLASSES)
+    assert type(labels).__name__ == name
+    labels.set_label_distribution(torch.tensor([3, 2, 1]), num_labeled=2, num_unlabeled=10)
+    for images in ([[0.9, 0.8, 0.1]], [[0.9, 0.8], []], [[]], [[], []]):
+        kept = labels([_detections(scores) for scores in images])
+        assert [len(k) <= len(i) for k, i in zip(kept, images, strict=True)] == [True] * len(kept)
+    names_and_values = labels.metrics().items()
+    assert all(n.startswith("pseudo/") and v.shape == () for n, v in names_and_values)
+    assert all(v.isfinite() for _, v in names_and_values)
+
+
+def test_a_fixed_threshold_has_nothing_to_learn_or_report():
+    labels = FixedThreshold()
+    labels.set_label_distribution(torch.ones(NUM_CLASSES), num_labeled=1, num_unlabeled=1)
+    assert labels.state_dict() == {} and labels.metrics() == {}
+
+
+def test_waiting_for_the_device_is_noticed():
+    values = torch.tensor([1.0, 2.0])
+    with HostReads() as reads:
+        assert values[0] > 0
+        assert float(values.sum()) == sum(values.tolist())
+        assert values[values > 0].nonzero().shape == (2, 1)
+    assert reads.count == 5
+
+
+def test_the_host_is_asked_once_a_batch():
+    images = [_detections([0.75, 0.25]), _detections([]), _detections([0.9])]
+    with HostReads() as reads:
+        FixedThreshold(0.5)(images)
+    assert reads.count == 1

@@ -7,7 +7,7 @@ from fake_detector import LOSS_NAMES, NUM_CLASSES, FakeDetector
 
 from ssod.core.filters import FixedThreshold
 from ssod.core.structures import Targets, TwoStreamBatch, Views
-from ssod.core.teacher_student import TeacherStudent
+from ssod.core.teacher_student import TeacherStudent, _describe
 
 BOX_LOSSES = {"loss_box_reg", "loss_rpn_loc"}
 
@@ -267,12 +267,25 @@ def test_metrics_describe_the_pseudo_labels():
     model(batch)
     expected = {
         "pseudo/num_per_image": len(scores) / 3,
+        "pseudo/undecided_per_image": 0,
         "pseudo/mean_score": sum(scores) / len(scores),
         "pseudo/mean_weight": sum(scores) / 2 / len(scores),
     }
     assert {name: float(value) for name, value in model.metrics.items()} == pytest.approx(expected)
     assert not any("loss" in name for name in model.metrics)
     assert not any(value.requires_grad for value in model.metrics.values())
+
+
+def test_metrics_leave_undecided_boxes_out():
+    scores, weights = torch.tensor([0.9, 0.8, 0.3]), torch.tensor([1.0, 0.5, 0.0])
+    rest = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
+    labels = PseudoLabels(*rest, scores, weights, weights, torch.zeros(3, 4), weights > 0)
+    assert {name: float(value) for name, value in _describe([labels, labels[:0]]).items()} == {
+        "pseudo/num_per_image": 1,
+        "pseudo/undecided_per_image": 0.5,
+        "pseudo/mean_score": pytest.approx(0.85),
+        "pseudo/mean_weight": 0.75,
+    }
 
 
 def test_without_pseudo_labels_losses_and_metrics_are_finite():
@@ -282,7 +295,7 @@ def test_without_pseudo_labels_losses_and_metrics_are_finite():
     assert all(loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in model.student.parameters())
     assert losses["loss_box_reg_unsup"] == 0
-    assert [float(value) for value in model.metrics.values()] == [0.0, 0.0, 0.0]
+    assert [float(value) for value in model.metrics.values()] == [0.0] * 4
 
 
 @pytest.mark.parametrize(

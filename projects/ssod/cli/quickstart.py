@@ -103,8 +103,8 @@ def run(args: argparse.Namespace) -> None:
 def run_experiment(config: str, opts: Sequence[str], output: Path, spec: ShapesSpec) -> list[Row]:
     """Train the three rows of one seed, draw `report.png` and return the table."""
     shapes = output / "shapes"
-    data_keys = _data_keys(shapes)
-    reserved = {"OUTPUT_DIR": "--output"} | dict.fromkeys(data_keys[::2], "train_net.py")
+    files = data_keys(shapes)
+    reserved = {"OUTPUT_DIR": "--output"} | dict.fromkeys(files[::2], "train_net.py")
     for key in opts[::2]:
         if key in reserved:
             raise InputError(f"{key} is the quickstart's own; use {reserved[key]} instead")
@@ -112,7 +112,7 @@ def run_experiment(config: str, opts: Sequence[str], output: Path, spec: ShapesS
     host = _import_host(read_host(config, opts))
 
     def configure(run: str, *extra: str | int) -> CfgNode:
-        keys = data_keys + ["SEED", spec.seed, "OUTPUT_DIR", output / run, *opts, *extra]
+        keys = files + ["SEED", spec.seed, "OUTPUT_DIR", output / run, *opts, *extra]
         cfg = merge_config(host.get_config(), config, [str(key) for key in keys])
         cfg.freeze()
         return cfg
@@ -193,7 +193,8 @@ def _mean_std(values: list[float], sign: str = "") -> str:
     return f"{mean(values):{sign}.1f} ± {stdev(values):.1f}"
 
 
-def _data_keys(shapes: Path) -> list[str | Path]:
+def data_keys(shapes: Path) -> list[str | Path]:
+    """Return `KEY, VALUE, ...` that name the files of a Shapes set."""
     keys: list[str | Path] = []
     for group in ("LABELED", "UNLABELED", "VAL"):
         keys += [f"SSOD.DATA.{group}_JSON", shapes / "annotations" / f"{group.lower()}.json"]

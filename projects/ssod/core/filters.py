@@ -6,10 +6,12 @@ Shape shorthand: R detections of one image, K foreground classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
-from torch import nn
+from torch import Tensor, nn
 
 from ssod.core.structures import Detections, PseudoLabels
 from ssod.errors import InputError
@@ -27,13 +29,66 @@ class PseudoLabelFilter(nn.Module):
     Base class: `forward(list[Detections]) -> list[PseudoLabels]`, one an image.
 
     State that changes in training lives in buffers. In train mode a filter may update it from
-    the detections; in eval mode it must not.
+    the detections; in eval mode it must not. A filter that reduces its state over ranks does so
+    at every call in train mode, with and without detections.
+
+    Attributes:
+        is_soft: whether what is learned has weights other than 1.
     """
+
+    is_soft = False
 
     @classmethod
     def from_config(cls, cfg: CfgNode, num_classes: int) -> PseudoLabelFilter:
         """Build the filter from `cfg.SSOD.FILTER`."""
         raise NotImplementedError
+
+    def set_label_distribution(
+        self, class_counts: Tensor, num_labeled: int, num_unlabeled: int
+    ) -> None:
+        """
+        Tell the filter about the data, once, before training; this one does not need it.
+
+        Args:
+            class_counts: (K,) labeled boxes of each class, the same on every rank.
+            num_labeled: labeled images.
+            num_unlabeled: unlabeled images.
+        """
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return 0-dim tensors named `pseudo/...` that describe the state; here none."""
+        return {}
+
+
+def kept_rows(masks: Sequence[Tensor]) -> list[Tensor]:
+    """
+    Return the indices at which each image's (R,) bool mask is true, in their order.
+
+    The counts of all images come to the host together: one sync a batch, not one a field.
+    """
+    orders = [mask.argsort(descending=True, stable=True) for mask in masks]
+    counts = torch.stack([mask.sum() for mask in masks]).tolist()
+    return [order[:count] for order, count in zip(orders, counts, strict=True)]
+
+
+def to_pseudo_labels(kept: Detections, weights: Tensor, reliable: Tensor) -> PseudoLabels:
+    """
+    Make pseudo-labels of detections.
+
+    Args:
+        kept: (R,) detections of one image.
+        weights: (R,) factor on classification and box losses.
+        reliable: (R,) bool.
+    """
+    return PseudoLabels(
+        boxes=kept.boxes,
+        classes=kept.classes,
+        scores=kept.scores,
+        weights=weights,
+        box_weights=weights,
+        class_probs=kept.class_probs,
+        reliable=reliable,
+    )
 
 
 def build_filter(cfg: CfgNode, num_classes: int) -> PseudoLabelFilter:
@@ -43,6 +98,9 @@ def build_filter(cfg: CfgNode, num_classes: int) -> PseudoLabelFilter:
     Raises:
         InputError: if no such filter is registered, or it refuses a key.
     """
+    # They register themselves; they import this module, so it cannot import them at its top.
+    from ssod.core import adaptive_threshold, soft_match  # noqa: F401
+
     name = cfg.SSOD.FILTER.NAME
     if name not in PSEUDO_LABEL_FILTER_REGISTRY:
         known = sorted(name for name, _ in PSEUDO_LABEL_FILTER_REGISTRY)
@@ -80,24 +138,9 @@ class FixedThreshold(PseudoLabelFilter):
 
     def forward(self, detections: list[Detections]) -> list[PseudoLabels]:
         """Filter each image's (R,) detections; an image may keep none."""
-        above = [d.scores > self.score_thresh for d in detections]
-        # The kept rows first, in their order: one host sync a batch instead of one a field.
-        orders = [mask.argsort(descending=True, stable=True) for mask in above]
-        counts = torch.stack([mask.sum() for mask in above]).tolist()
+        rows = kept_rows([d.scores > self.score_thresh for d in detections])
+        kept = [d[row] for d, row in zip(detections, rows, strict=True)]
         return [
-            self._keep(d[order[:count]])
-            for d, order, count in zip(detections, orders, counts, strict=True)
+            to_pseudo_labels(k, torch.ones_like(k.scores), torch.ones_like(k.classes).bool())
+            for k in kept
         ]
-
-    @staticmethod
-    def _keep(kept: Detections) -> PseudoLabels:
-        ones = torch.ones_like(kept.scores)
-        return PseudoLabels(
-            boxes=kept.boxes,
-            classes=kept.classes,
-            scores=kept.scores,
-            weights=ones,
-            box_weights=ones,
-            class_probs=kept.class_probs,
-            reliable=torch.ones_like(kept.classes, dtype=torch.bool),
-        )

@@ -138,7 +138,7 @@ class TeacherStudent(nn.Module):
         Raises:
             ValueError: if the iteration needs unlabeled images and the batch has none.
         """
-        self._start_teacher_if_due()
+        self.start_teacher_if_due()
         losses = self.supervised_losses(batch.labeled)
         self.metrics = {}
         if self.uses_unlabeled:
@@ -150,7 +150,7 @@ class TeacherStudent(nn.Module):
                 )
             pseudo_labels = self.pseudo_labels(batch.unlabeled.weak)
             losses |= self.unsupervised_losses(batch.unlabeled, pseudo_labels)
-            self.metrics = _describe(pseudo_labels)
+            self.metrics = _describe(pseudo_labels) | self.pseudo_label_filter.metrics()
         return losses
 
     def after_step(self) -> None:
@@ -159,7 +159,7 @@ class TeacherStudent(nn.Module):
         if self.teacher_started:
             update_ema(self.teacher, self.student, self.ema_decay)
         else:
-            self._start_teacher_if_due()
+            self.start_teacher_if_due()
 
     @torch.no_grad()
     def pseudo_labels(self, images: list[Tensor]) -> list[PseudoLabels]:
@@ -167,7 +167,8 @@ class TeacherStudent(nn.Module):
         batch = self.teacher.preprocess(images)
         return self.pseudo_label_filter(self.teacher.predict(self.teacher.features(batch), batch))
 
-    def _start_teacher_if_due(self) -> None:
+    def start_teacher_if_due(self) -> None:
+        """Make the teacher a copy of the student if the burn-in is over and it is not one yet."""
         # Also true when a run is resumed with a burn-in that was shortened to before its iteration.
         if not self.teacher_started and self.iteration >= self.burn_in_iters:
             update_ema(self.teacher, self.student, decay=0.0)
@@ -200,11 +201,13 @@ class TeacherStudent(nn.Module):
 
 
 def _describe(pseudo_labels: list[PseudoLabels]) -> dict[str, Tensor]:
+    """Of the boxes that are learned; those of weight 0 are kept so as not to be background."""
     kept = PseudoLabels.cat(pseudo_labels)
-    count = kept.scores.new_tensor(len(kept))
-    floor = max(len(kept), 1)
+    learned = kept.weights > 0
+    count = learned.sum()
     return {
         "pseudo/num_per_image": count / len(pseudo_labels),
-        "pseudo/mean_score": kept.scores.sum() / floor,
-        "pseudo/mean_weight": kept.weights.sum() / floor,
+        "pseudo/undecided_per_image": (~learned).sum() / len(pseudo_labels),
+        "pseudo/mean_score": (kept.scores * learned).sum() / count.clamp(min=1),
+        "pseudo/mean_weight": kept.weights.sum() / count.clamp(min=1),
     }

@@ -86,18 +86,26 @@ def build_two_stream_loader(
 
 
 def build_test_loader(
-    dataset: DetectionDataset, *, min_size: int, max_size: int, batch_size: int, num_workers: int
+    dataset: DetectionDataset,
+    *,
+    min_size: int,
+    max_size: int,
+    batch_size: int,
+    num_workers: int,
+    skip_broken: bool = False,
 ) -> DataLoader:
     """
     Return the loader of lists of at most `batch_size` `EvaluationItem`, in the set's order.
+
+    With `skip_broken` images that cannot be decoded are left out, and sizes are not checked.
 
     Raises:
         InputError: while iterating, if an image cannot be decoded or has not the size in its
             annotations: a score without it would not be comparable.
     """
     return _Loader(
-        EvaluationDataset(dataset, min_size, max_size),
-        _identity,
+        EvaluationDataset(dataset, min_size, max_size, skip_broken),
+        _without_none,
         batch_size=batch_size,
         num_workers=num_workers,
     )
@@ -226,6 +234,10 @@ class _Loader(DataLoader):
 
 def _identity(batch: Any) -> Any:
     return batch
+
+
+def _without_none(batch: list[Any]) -> list[Any]:
+    return [item for item in batch if item is not None]
 
 
 def _init_worker(worker_id: int) -> None:

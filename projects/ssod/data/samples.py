@@ -131,17 +131,26 @@ class EvaluationItem:
 class EvaluationDataset(Dataset):
     """Maps the index of a record to its `EvaluationItem`."""
 
-    def __init__(self, dataset: DetectionDataset, min_size: int, max_size: int):
+    def __init__(
+        self, dataset: DetectionDataset, min_size: int, max_size: int, skip_broken: bool = False
+    ):
         self._dataset = dataset
         self._sizes = (min_size, max_size)
+        self._skip_broken = skip_broken
 
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitem__(self, index: int) -> EvaluationItem:
+    def __getitem__(self, index: int) -> EvaluationItem | None:
         record = self._dataset[index]
-        image = read_image(record.file_name)
-        _check_size(record, image)
+        try:
+            image = read_image(record.file_name)
+            if not self._skip_broken:
+                _check_size(record, image)
+        except InputError:
+            if self._skip_broken:
+                return None
+            raise
         return EvaluationItem(*make_test_view(image, *self._sizes), index)
 
 

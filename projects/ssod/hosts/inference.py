@@ -21,7 +21,10 @@ IMAGES_PER_BATCH = 8  # images of other sizes in a batch change the padding, and
 
 
 def _over_images(
-    label: Callable[[list[Tensor]], list[Found]], dataset: DetectionDataset, cfg: CfgNode
+    label: Callable[[list[Tensor]], list[Found]],
+    dataset: DetectionDataset,
+    cfg: CfgNode,
+    skip_broken: bool = False,
 ) -> Iterator[tuple[ImageRecord, Found]]:
     """Yield what `label` finds in each image, on the CPU and in the image's original pixels."""
     loader = build_test_loader(
@@ -30,37 +33,63 @@ def _over_images(
         max_size=cfg.INPUT.MAX_SIZE_TEST,
         batch_size=IMAGES_PER_BATCH,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
+        skip_broken=skip_broken,
     )
-    for views in loader:
+    for views in filter(None, loader):
         for view, found in zip(views, label([v.image for v in views]), strict=True):
             found = found.to("cpu")
             found.boxes = map_boxes(found.boxes, torch.linalg.inv(view.matrix))
             yield dataset[view.index], found
 
 
-@torch.no_grad()
-def detect(
-    detector: RegionDetector, dataset: DetectionDataset, cfg: CfgNode, device: torch.device
-) -> list[dict]:
+def find(
+    detector: RegionDetector,
+    dataset: DetectionDataset,
+    cfg: CfgNode,
+    device: torch.device,
+    skip_broken: bool = False,
+) -> Iterator[tuple[ImageRecord, Detections]]:
     """
     Run a detector, in eval mode, over a data set.
 
-    Returns:
-        COCO results: dictionaries of `image_id`, `category_id`, XYWH `bbox` and `score`.
+    Args:
+        detector: its mode is restored at the end.
+        dataset: images to detect objects in.
+        cfg: test sizes and workers.
+        device: of the detector.
+        skip_broken: leave out images that cannot be decoded.
+
+    Yields:
+        Each image's record and detections in its original pixels, on the CPU.
     """
     was_training = detector.training
     detector.eval()
 
+    @torch.no_grad()
     def label(images: list[Tensor]) -> list[Detections]:
         batch = detector.preprocess([image.to(device) for image in images])
         return detector.predict(detector.features(batch), batch)
 
+    try:
+        yield from _over_images(label, dataset, cfg, skip_broken)
+    finally:
+        detector.train(was_training)
+
+
+def detect(
+    detector: RegionDetector, dataset: DetectionDataset, cfg: CfgNode, device: torch.device
+) -> list[dict]:
+    """
+    Detect objects in a data set as `find` does.
+
+    Returns:
+        COCO results: dictionaries of `image_id`, `category_id`, XYWH `bbox` and `score`.
+    """
     results = []
-    for record, found in _over_images(label, dataset, cfg):
+    for record, found in find(detector, dataset, cfg, device):
         results += detections_to_coco(
             record.image_id, found.boxes, found.scores, found.classes, dataset.category_ids
         )
-    detector.train(was_training)
     return results
 
 

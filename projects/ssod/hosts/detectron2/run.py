@@ -44,6 +44,7 @@ from ssod.hosts.detectron2.weights import load_weights, local_path
 from ssod.hosts.files import replacing
 from ssod.hosts.metric_log import LOG_NAME, read_metrics, truncate_metrics
 from ssod.hosts.monitor import choose_monitored, monitor_pseudo_labels
+from ssod.hosts.sweep import sweep_if_due, tell_labels
 
 logger = logging.getLogger(__name__)
 
@@ -199,6 +200,7 @@ class Run:
         if comm.is_main_process():  # before the writers open the file
             # Detectron2 logs the iteration that has just begun, counted from 0.
             truncate_metrics(self.output, start_iter - 1)
+        tell_labels(self.model, self.data)
         trainer = self._build_trainer()
         trainer.register_hooks([*self._build_hooks(trainer), *extra_hooks])
         if self._state:
@@ -276,7 +278,10 @@ class Run:
         scheduler.last_epoch = self.model.iteration
         for group, lr in zip(trainer.optimizer.param_groups, scheduler.get_lr(), strict=True):
             group["lr"] = lr
-        found = [hooks.IterationTimer(), hooks.LRScheduler(scheduler=scheduler)]
+        sweep = hooks.CallbackHook(
+            before_step=lambda _: sweep_if_due(self.model, self.data, cfg, self.device)
+        )
+        found = [sweep, hooks.IterationTimer(), hooks.LRScheduler(scheduler=scheduler)]
         if comm.is_main_process():
             keep = cfg.SSOD.CHECKPOINTS_TO_KEEP
             period = cfg.SOLVER.CHECKPOINT_PERIOD

@@ -22,6 +22,7 @@ from ssod.data.loader import FailedImages
 from ssod.errors import InputError
 from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
 from ssod.hosts.detectron2.solver import Clipper
+from ssod.hosts.monitor import WeightAlarm
 
 # `TrainerBase.train` logs a traceback of whatever ends it; an input error is told in one line.
 logging.getLogger("detectron2.engine.train_loop").addFilter(
@@ -83,6 +84,7 @@ class TeacherStudentTrainer(SimpleTrainer):
         self._finite: list[Tensor] = []
         self._file_names: list[list[str]] = []
         self._data_seconds = 0.0
+        self.alarm = WeightAlarm(self.teacher_student.pseudo_label_filter.is_soft)
         self.num_skipped = self.num_skipped_in_row = 0  # as of the last line of metrics
 
     @property
@@ -173,6 +175,7 @@ class TeacherStudentTrainer(SimpleTrainer):
         if self._scales_losses:
             mean["grad_scale"] = self.grad_scaler.get_scale()
         if comm.is_main_process():
+            self.alarm.update(self.iter, mean)
             self.storage.put_scalars(smoothing_hint=False, **mean)
         self._window.clear()
         self._finite.clear()

@@ -26,7 +26,8 @@ from ssod.evaluation.coco_metrics import coco_metrics
 from ssod.hosts.checkpoint import load_teacher_student, read_checkpoint
 from ssod.hosts.experiment import CONFIG_NAME
 from ssod.hosts.inference import detect
-from ssod.hosts.monitor import choose_monitored, monitor_pseudo_labels
+from ssod.hosts.monitor import WeightAlarm, choose_monitored, monitor_pseudo_labels
+from ssod.hosts.sweep import sweep_if_due, tell_labels
 from ssod.hosts.torchvision.build import build_model, select_device
 from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME, save_checkpoint
 from ssod.hosts.torchvision.metric_log import MetricLog, read_evaluation
@@ -63,7 +64,9 @@ class Trainer:
                     "another OUTPUT_DIR"
                 )
             self._load_checkpoint()
+        tell_labels(self.model, self.data)
         self.failed = FailedImages(cfg.SSOD.DATA.MAX_FAILED_SHARE)
+        self.alarm = WeightAlarm(self.model.pseudo_label_filter.is_soft)
 
     def _load_checkpoint(self) -> None:
         state = read_checkpoint(self.checkpoint)
@@ -170,6 +173,7 @@ class Trainer:
         """One optimizer step; returns detached losses."""
         self.failed.update(batch)
         cfg, model = self.cfg, self.model
+        sweep_if_due(model, self.data, cfg, self.device)
         seed_step(cfg.SEED, model.iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(cfg, model.iteration)
@@ -191,6 +195,7 @@ class Trainer:
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(values["total_loss"]):
             raise InputError(self._diverged(f"the loss is not finite: {values}"))
+        self.alarm.update(self.model.iteration, values)
         return values
 
     def _diverged(self, what: str) -> str:

@@ -1,0 +1,73 @@
+"""
+What filters need of a run besides the teacher's detections in training: its labels, and sweeps.
+
+Shape shorthand: K foreground classes.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+from fvcore.common.config import CfgNode
+
+from ssod.core.adaptive_threshold import AdaptiveClassThreshold
+from ssod.core.distributed import get_rank, get_world_size
+from ssod.core.running_stats import gather_by_sum
+from ssod.core.teacher_student import TeacherStudent
+from ssod.data.build import RunData
+from ssod.hosts.inference import find
+
+logger = logging.getLogger(__name__)
+
+
+def tell_labels(model: TeacherStudent, data: RunData) -> None:
+    """Tell the filter how often labels have each class."""
+    model.pseudo_label_filter.set_label_distribution(
+        torch.from_numpy(data.labeled.class_counts),
+        len(data.labeled),
+        len(data.unlabeled) if data.unlabeled else 0,
+    )
+
+
+def sweep_if_due(model: TeacherStudent, data: RunData, cfg: CfgNode, device: torch.device) -> None:
+    """
+    Let the teacher label a sample of unlabeled images, for a filter whose source is "sweep".
+
+    Due at the first iteration that uses unlabeled images and every `SSOD.FILTER.REFRESH_PERIOD`
+    after the burn-in; every rank must call this before each iteration. The sample depends on seed
+    and iteration alone and is divided among the ranks, so a run that is resumed at a sweep makes
+    the same one. Files that cannot be decoded are left out.
+    """
+    adaptive = model.pseudo_label_filter
+    if not (isinstance(adaptive, AdaptiveClassThreshold) and adaptive.source == "sweep"):
+        return
+    done = model.iteration - model.burn_in_iters
+    if not model.uses_unlabeled or (adaptive.has_thresholds and done % adaptive.refresh_period):
+        return
+    model.start_teacher_if_due()
+    unlabeled = data.unlabeled
+    rng = np.random.default_rng((cfg.SEED, model.iteration))
+    sample = rng.permutation(len(unlabeled))[: adaptive.sweep_images]
+    mine = [unlabeled.image_ids[i] for i in sample[get_rank() :: get_world_size()]]
+    # As long on every rank; empty places are of class K, the background, and not counted.
+    places = -(-len(sample) // get_world_size()) * cfg.TEST.DETECTIONS_PER_IMAGE
+    block = torch.zeros(places + 1, 2, device=device)
+    block[:, 1] = data.labeled.num_classes
+    found = [
+        detections
+        for _, detections in find(
+            model.teacher, unlabeled.select(mine), cfg, device, skip_broken=True
+        )
+    ]
+    if found:
+        scores = torch.cat([detections.scores for detections in found])
+        block[: len(scores), 0] = scores.to(device)
+        block[: len(scores), 1] = torch.cat([d.classes for d in found]).to(block)
+    block[-1, 0] = len(found)
+    blocks = gather_by_sum(block)
+    num_images = int(blocks[:, -1, 0].sum())
+    scores, classes = blocks[:, :-1].flatten(0, 1).unbind(1)
+    adaptive.set_thresholds_from(scores, classes.long(), num_images)
+    logger.info("iteration %d: thresholds from %d images", model.iteration, num_images)

@@ -6,7 +6,7 @@ import torch
 from fake_detector import LOSS_NAMES, NUM_CLASSES, FakeDetector
 
 from ssod.core.filters import FixedThreshold
-from ssod.core.structures import Targets, TwoStreamBatch, Views
+from ssod.core.structures import PseudoLabels, Targets, TwoStreamBatch, Views
 from ssod.core.teacher_student import TeacherStudent, _describe
 
 BOX_LOSSES = {"loss_box_reg", "loss_rpn_loc"}

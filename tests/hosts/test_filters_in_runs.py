@@ -37,11 +37,17 @@ def finished(request, shapes, tmp_path_factory):
     shutil.rmtree(output)
 
 
-def test_state_of_the_filter_is_logged_and_changes(finished):
-    name, _, output = finished
+def test_state_of_the_filter_is_logged_and_saved(finished, shapes, tmp_path):
+    name, overrides, output = finished
     values = [line[STATE[name]] for line in read_metrics(output) if STATE[name] in line]
-    assert len(values) == 2 and len(set(values)) == 2
-    assert all(0 < value <= 1 for value in values)
+    assert len(values) == 2 and all(0 < value < 1 for value in values)
+    fresh = Trainer(tiny_config(shapes, tmp_path, *overrides)).model.pseudo_label_filter
+    saved = read_state(output)["model"]
+    buffers = dict(fresh.named_buffers())
+    changed = {
+        n for n, b in buffers.items() if not torch.equal(saved[f"pseudo_label_filter.{n}"], b)
+    }
+    assert changed == buffers.keys() - {"labels.class_counts"}
 
 
 def test_resumed_run_equals_an_uninterrupted_one(finished, shapes, tmp_path):

@@ -36,6 +36,15 @@ ROWS = (
 )
 METRICS = ("AP", "AP50", "AP_S", "AP_M", "AP_L")
 COLUMNS = ("trained on Shapes", *METRICS, "min", "images/s")
+FILTER_STATE = (
+    "mean_weight",
+    "mean_score",
+    "reliable_thresh",
+    "uncertain_thresh",
+    "running_mean",
+    "running_var",
+    "class_kl",
+)
 SHOWN_SCORE = 0.5  # predictions below it are left out of the picture
 Row = dict[str, str | float]
 Log = list[dict[str, float]]
@@ -272,6 +281,8 @@ def _curves(lines: dict[str, Log]) -> dict[str, list[Curve]]:
         return Curve(label, [line["iteration"] for line in chosen], values, right)
 
     ssl = "semi_supervised"
+    # What there is depends on the filter.
+    state = [key for key in FILTER_STATE if any(f"pseudo/{key}" in line for line in lines[ssl])]
     return {
         "Validation AP": [curve(title, run, f"{model}/AP") for title, run, model in ROWS],
         "Pseudo-labels on unlabeled images": [
@@ -280,6 +291,7 @@ def _curves(lines: dict[str, Log]) -> dict[str, list[Curve]]:
             curve("boxes per image", ssl, "pseudo/boxes_per_image", right=True),
             curve("true boxes per image", ssl, "pseudo/true_boxes_per_image", right=True),
         ],
+        "Filter": [curve(key.replace("_", " "), ssl, f"pseudo/{key}") for key in state],
         "Classification losses": [
             curve("labeled", ssl, "loss_cls", "loss_rpn_cls"),
             curve("unlabeled", ssl, "loss_cls_unsup", "loss_rpn_cls_unsup"),

@@ -237,6 +237,26 @@ def test_config_that_cannot_work_is_refused_before_training(shapes, tmp_path, ov
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("keys", "state"),
+    [
+        (("NAME", "AdaptiveClassThreshold"), "pseudo/reliable_thresh"),
+        (("NAME", "AdaptiveClassThreshold", "SOURCE", "sweep"), "pseudo/reliable_thresh"),
+        (("NAME", "SoftMatchWeighting", "POOL_FLOOR", 0.0), "pseudo/running_mean"),
+    ],
+    ids=["queue", "sweep", "soft"],
+)
+def test_every_filter_trains(shapes, tmp_path, keys, state):
+    overrides = [f"SSOD.FILTER.{k}" if i % 2 == 0 else k for i, k in enumerate(keys)]
+    Run(tiny_config(shapes, tmp_path, *overrides, *NO_VAL)).train()
+    values = [line[state] for line in read_metrics(tmp_path) if state in line]
+    assert len(values) == 2 and all(0 < value < 1 for value in values)
+    # Another filter takes over.
+    resumed = Run(tiny_config(shapes, tmp_path), find_checkpoint(str(tmp_path)))
+    assert type(resumed.model.pseudo_label_filter).__name__ == "FixedThreshold"
+    assert resumed.model.iteration == MAX_ITER
+
+
 def test_weights_of_a_run_start_another(output, shapes, tmp_path):
     path = output / "model_final.pth"
     assert is_run_checkpoint(str(path))

@@ -104,7 +104,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = scale_to_world_size(cfg, get_world_size())
     checkpoint = _choose_checkpoint(cfg, args)
     cfg.freeze()
-    run = Run(cfg, checkpoint)
+    run = Run(cfg, checkpoint, for_training=not args.eval_only)
     if args.eval_only:
         results = run.evaluate()
     else:

@@ -152,18 +152,20 @@ class Run:
         cfg: from `ssod.hosts.detectron2.config.get_config`, merged, scaled to the number of
             processes and final.
         checkpoint: file of a run to continue or evaluate; "" to start from `MODEL.WEIGHTS`.
+        for_training: False for evaluation alone, which needs no training images.
 
     Raises:
         InputError: for anything in the config, the data or the checkpoint that cannot be used,
             before training starts.
     """
 
-    def __init__(self, cfg: CfgNode, checkpoint: str = ""):
+    def __init__(self, cfg: CfgNode, checkpoint: str = "", for_training: bool = True):
         check_config(cfg)
-        _check_accumulation(cfg)
+        if for_training:
+            _check_accumulation(cfg)
         self.cfg = cfg
         self.output = Path(cfg.OUTPUT_DIR)
-        self.data: RunData = load_run_data(cfg)
+        self.data: RunData | None = load_run_data(cfg) if for_training else None
         torch.manual_seed(cfg.SEED)
         self.model: TeacherStudentRCNN = _synchronize_norms(_build(build_model, cfg))
         self.device = self.model.device
@@ -174,7 +176,8 @@ class Run:
             self._state = read_checkpoint(checkpoint)
             if not {"model", "trainer", "config"} <= self._state.keys():
                 raise InputError(f"{checkpoint}: not a checkpoint of a run; it cannot be continued")
-            _check_same_world(cfg, self._state["config"], checkpoint)
+            if for_training:
+                _check_same_world(cfg, self._state["config"], checkpoint)
             load_teacher_student(self.model, self._state["model"], checkpoint)
             logger.info("%s is at iteration %d", checkpoint, self.model.iteration)
         elif cfg.MODEL.WEIGHTS:
@@ -228,10 +231,11 @@ class Run:
 
         Returns:
             `bbox/AP` and so on of the model of `SSOD.EVAL_MODEL`, nested as Detectron2 does, the
-            same of `student` and `teacher`, and `pseudo` where hidden truth is known.
+            same of `student` and `teacher`, and in a training `pseudo/precision` and so on where
+            hidden truth is known.
         """
         results = evaluate(self.model, self.cfg, self.cfg.OUTPUT_DIR)
-        if comm.is_main_process() and self._monitored:
+        if self.data is not None and comm.is_main_process():
             results |= monitor_pseudo_labels(self.model, self._monitored, self.cfg, self.device)
         self._results = results
         return results

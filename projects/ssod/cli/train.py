@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--eval-only",
         action="store_true",
-        help="evaluate the run in OUTPUT_DIR, or else MODEL.WEIGHTS, without training",
+        help="evaluate the run in OUTPUT_DIR, or MODEL.WEIGHTS FILE, without training",
     )
     machines = parser.add_argument_group("several GPUs (Detectron2 host)")
     machines.add_argument(

@@ -8,9 +8,11 @@ from detectron2.utils import comm
 from ssod.core.distributed import get_rank
 from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY, PseudoLabelFilter
 from ssod.core.structures import PseudoLabels, Targets, TwoStreamBatch, Views
+from ssod.data.build import load_run_data
 from ssod.data.loader import FailedImages
 from ssod.hosts.detectron2.solver import build_clipper, build_optimizer
 from ssod.hosts.detectron2.trainer import TeacherStudentTrainer
+from ssod.hosts.sweep import sweep_if_due, tell_labels
 from tiny_detectron2 import tiny_config
 
 NUM_CLASSES, SIZE, STEPS = 6, 64, 3
@@ -82,6 +84,21 @@ def train_cases(shapes, output, cases):
     torch.set_num_threads(1)
     for num_boxes in cases:
         train(shapes, output / f"{comm.get_world_size()}_{num_boxes}.pth", num_boxes)
+    sweep(shapes, output / f"{comm.get_world_size()}_sweep.pth")
+
+
+def sweep(shapes, output):
+    """Compute class thresholds from a sweep over all unlabeled images; rank 0 writes them."""
+    keys = ("NAME", "AdaptiveClassThreshold", "SOURCE", "sweep", "RELIABLE_FRACTION", 0.5)
+    overrides = [f"SSOD.FILTER.{k}" if i % 2 == 0 else k for i, k in enumerate(keys)]
+    cfg = tiny_config(shapes, output, *overrides)
+    torch.manual_seed(0)
+    model, data = build_model(cfg), load_run_data(cfg)
+    tell_labels(model, data)
+    model.iteration = cfg.SSOD.BURN_IN_ITERS
+    sweep_if_due(model, data, cfg, model.device)
+    if comm.is_main_process():
+        torch.save(dict(model.pseudo_label_filter.named_buffers()), output)
 
 
 def train(shapes, output, num_boxes):

@@ -28,3 +28,10 @@ def test_two_processes_equal_one_on_the_joined_batch(num_boxes, results):
     assert one["losses"]["loss_cls_unsup"][0] > 0
     for name, value in one["model"].items():
         torch.testing.assert_close(two["model"][name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sweep_of_two_processes_equals_that_of_one(results):
+    one, two = (torch.load(results / f"{count}_sweep.pth") for count in (1, 2))
+    assert one["uncertain_thresh"].min() < one["reliable_thresh"].max() < 1
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)

@@ -34,7 +34,7 @@ FILTERS = {
     ),
     "SoftMatch": (*("SSOD.FILTER.NAME", "SoftMatchWeighting", "SSOD.FILTER.EMA_DECAY", 0.99),),
 }
-COLUMNS = ("filter", "AP", "gain", "precision", "recall", "boxes/image", "KL")
+COLUMNS = ("filter", "AP", "gain", "precision", "by weight", "recall", "boxes/image", "KL")
 
 
 def main() -> None:
@@ -101,6 +101,7 @@ def summarize(tables: list[dict[str, dict]]) -> list[dict[str, str]]:
             row["gain"] = _spread(gains, sign="+")
             for column, key in (
                 ("precision", "pseudo/precision"),
+                ("by weight", "pseudo/weighted_precision"),
                 ("recall", "pseudo/recall"),
                 ("boxes/image", "pseudo/boxes_per_image"),
                 ("KL", "pseudo/class_kl"),

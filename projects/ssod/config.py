@@ -106,7 +106,8 @@ def _add_adaptive_threshold(group: CfgNode) -> None:
     # AdaptiveClassThreshold: detections that thresholds are computed from. "queue": of the last
     # unlabeled images of the training; "sweep": of a sample, found by the teacher for it (paper).
     group.SOURCE = "queue"
-    # Iterations between two computations of the thresholds (LabelMatch's configs).
+    # Iterations (forward passes, if gradients are accumulated) between two computations of the
+    # thresholds (LabelMatch's configs).
     group.REFRESH_PERIOD = 1000
     # Images in the queue, over all processes (LabelMatch's online variant).
     group.QUEUE_IMAGES = 12800
@@ -119,7 +120,8 @@ def _add_adaptive_threshold(group: CfgNode) -> None:
 
 
 def _add_soft_match(group: CfgNode) -> None:
-    # SoftMatchWeighting: share of the statistics kept at each iteration, in [0, 1) (SoftMatch).
+    # SoftMatchWeighting: share of the statistics kept at each iteration (forward pass, if
+    # gradients are accumulated), in (0, 1) (SoftMatch).
     # Training after the burn-in must be much longer than 1 / (1 - EMA_DECAY) iterations.
     group.EMA_DECAY = 0.999
     # Weights are exp(-(N_SIGMA * d)^2 / 2), d standard deviations below the mean (SoftMatch).

@@ -524,8 +524,8 @@ def test_labels_must_be_told_first_if_they_are_needed():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("EMA_DECAY", "1.0", r"must be in \[0, 1\), got 1.0"),
-        ("EMA_DECAY", "-0.1", r"must be in \[0, 1\), got -0.1"),
+        ("EMA_DECAY", "1.0", r"must be in \(0, 1\), got 1.0"),
+        ("EMA_DECAY", "-0.1", r"must be in \(0, 1\), got -0.1"),
         ("N_SIGMA", "0", "must be above 0, got 0"),
         ("N_SIGMA", ".nan", "must be above 0, got nan"),
         ("SCOPE", "image", r"must be one of \('global', 'per_class'\), got 'image'"),

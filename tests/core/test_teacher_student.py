@@ -268,8 +268,8 @@ def test_metrics_describe_the_pseudo_labels():
     expected = {
         "pseudo/num_per_image": len(scores) / 3,
         "pseudo/undecided_per_image": 0,
-        "pseudo/mean_score": sum(scores) / len(scores),
-        "pseudo/mean_weight": sum(scores) / 2 / len(scores),
+        "pseudo/score_per_image": sum(scores) / 3,
+        "pseudo/weight_per_image": sum(scores) / 2 / 3,
     }
     assert {name: float(value) for name, value in model.metrics.items()} == pytest.approx(expected)
     assert not any("loss" in name for name in model.metrics)
@@ -277,14 +277,16 @@ def test_metrics_describe_the_pseudo_labels():
 
 
 def test_metrics_leave_undecided_boxes_out():
-    scores, weights = torch.tensor([0.9, 0.8, 0.3]), torch.tensor([1.0, 0.5, 0.0])
+    # A weight that vanished is that of a box that is learned all the same.
+    scores, weights = torch.tensor([0.9, 0.8, 0.3]), torch.tensor([1.0, 0.0, 0.0])
     rest = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
-    labels = PseudoLabels(*rest, scores, weights, weights, torch.zeros(3, 4), weights > 0)
+    reliable = torch.tensor([True, True, False])
+    labels = PseudoLabels(*rest, scores, weights, weights, torch.zeros(3, 4), reliable)
     assert {name: float(value) for name, value in _describe([labels, labels[:0]]).items()} == {
         "pseudo/num_per_image": 1,
         "pseudo/undecided_per_image": 0.5,
-        "pseudo/mean_score": pytest.approx(0.85),
-        "pseudo/mean_weight": 0.75,
+        "pseudo/score_per_image": pytest.approx(0.85),
+        "pseudo/weight_per_image": 0.5,
     }
 
 

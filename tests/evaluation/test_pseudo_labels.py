@@ -55,6 +55,15 @@ def _loop_reference(boxes, scores, classes, true_boxes, true_classes, num_classe
     return hits, found, true, ious
 
 
+def test_precision_by_weight():
+    pseudo = [[(BOX, 0.9, 0), (FAR, 0.8, 1)], [(SHIFTED, 0.7, 2)]]
+    true = [[(BOX, 0)], [(BOX, 2)]]
+    weights = [torch.tensor([1.0, 0.5]), torch.tensor([0.25])]
+    assert _quality(pseudo, true, weights=weights).weighted_precision == 1.25 / 1.75
+    assert _quality(pseudo, true).weighted_precision == pytest.approx(2 / 3)
+    assert _quality([[]], [[]], weights=[torch.zeros(0)]).weighted_precision == 0
+
+
 def test_divergence_of_the_classes_is_that_of_smoothed_histograms():
     def quality(pseudo, true):
         boxes = [[(BOX, 0.9, label) for label in pseudo]]

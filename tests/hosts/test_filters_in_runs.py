@@ -50,9 +50,10 @@ def test_state_of_the_filter_is_logged_and_saved(finished, shapes, tmp_path):
     assert changed == buffers.keys() - {"labels.class_counts"}
 
 
-def test_resumed_run_equals_an_uninterrupted_one(finished, shapes, tmp_path):
+@pytest.mark.parametrize("left", [1, 2])  # a sweep is due at one of them, not at the other
+def test_resumed_run_equals_an_uninterrupted_one(finished, left, shapes, tmp_path):
     _, overrides, output = finished
-    Trainer(tiny_config(shapes, tmp_path, *overrides, "SOLVER.MAX_ITER", MAX_ITER - 1)).train()
+    Trainer(tiny_config(shapes, tmp_path, *overrides, "SOLVER.MAX_ITER", MAX_ITER - left)).train()
     Trainer(tiny_config(shapes, tmp_path, *overrides), resume=True).train()
     assert differences(read_state(tmp_path), read_state(output)) == []
     assert differences(read_lines(tmp_path)[-1], read_lines(output)[-1]) == []

@@ -1,42 +1,96 @@
 import logging
 
 import pytest
+import torch
 
-from ssod.hosts.monitor import WeightAlarm
+from ssod.core.structures import PseudoLabels
+from ssod.hosts import monitor
+from ssod.hosts.monitor import WeightAlarm, divide_sums, monitor_pseudo_labels
+from ssod.hosts.torchvision.loop import Trainer
+from tiny_run import BURN_IN_ITERS, tiny_config
 
 LONG = WeightAlarm.PATIENCE
 
 
 def _warnings(caplog, alarm, lines):
+    """Messages for lines of (boxes per image, their mean weight), 20 iterations apart."""
     with caplog.at_level(logging.WARNING):
-        for iteration, weight in lines:
-            values = {} if weight is None else {"pseudo/mean_weight": weight}
-            alarm.update(iteration, values)
+        for index, (num, weight) in enumerate(lines):
+            sums = {"pseudo/num_per_image": num, "pseudo/weight_per_image": num * weight}
+            alarm.update(20 * index, divide_sums(sums | {"pseudo/score_per_image": num}))
     return caplog.messages
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.1, 0.99])
-def test_a_weight_out_of_range_for_long_is_told_once(caplog, weight):
-    lines = [(i, weight) for i in range(0, 3 * LONG, 20)]
-    (message,) = _warnings(caplog, WeightAlarm(weighs=True), lines)
-    assert f"iteration {LONG}: " in message and f"{weight:.2f}" in message
+@pytest.mark.parametrize(("weight", "text"), [(0.1, "0.10"), (0.99, "0.99")])
+def test_mean_weight_out_of_range_for_long_is_told_once(caplog, weight, text):
+    # Most iterations have no box; they say nothing of the weight of those that do.
+    lines = [(3.0, weight), (0.0, 0.0), (0.0, 0.0)] * 50
+    (message,) = _warnings(caplog, WeightAlarm(is_soft=True), lines)
+    assert f"iteration {LONG}: " in message and f"mean weight of {text}" in message
+
+
+def test_noise_does_not_hide_a_mean_out_of_range(caplog):
+    lines = [(1.0, 0.3 if index % 4 == 0 else 0.02) for index in range(100)]
+    assert len(_warnings(caplog, WeightAlarm(is_soft=True), lines)) == 1
 
 
 @pytest.mark.parametrize(
-    ("weighs", "lines"),
+    ("is_soft", "lines"),
     [
-        (True, [(i, 0.5) for i in range(0, 3 * LONG, 20)]),
-        (True, [(i, None) for i in range(0, 3 * LONG, 20)]),
-        (True, [(i, 0.1) for i in range(0, LONG, 20)]),
-        (True, [(i, 0.5 if i == LONG else 0.1) for i in range(0, 2 * LONG, 20)]),
-        (False, [(i, 1.0) for i in range(0, 3 * LONG, 20)]),
+        (True, [(2.0, 0.5)] * 100),
+        (True, [(0.1, 0.69), (0.0, 0.0)] * 50),
+        (True, [(2.0, 0.1)] * 20),
+        (False, [(2.0, 1.0)] * 100),
     ],
-    ids=["in range", "burn-in", "not for long", "interrupted", "a fixed threshold"],
+    ids=["in range", "few boxes", "not for long", "a fixed threshold"],
 )
-def test_what_is_no_failure_is_not_told(caplog, weighs, lines):
-    assert _warnings(caplog, WeightAlarm(weighs), lines) == []
+def test_what_is_no_failure_is_not_told(caplog, is_soft, lines):
+    assert _warnings(caplog, WeightAlarm(is_soft), lines) == []
 
 
-def test_a_fixed_threshold_that_keeps_nothing_is_told(caplog):
-    lines = [(i, 0.0) for i in range(0, 3 * LONG, 20)]
-    assert len(_warnings(caplog, WeightAlarm(weighs=False), lines)) == 1
+def test_a_filter_that_keeps_nothing_is_told(caplog):
+    (message,) = _warnings(caplog, WeightAlarm(is_soft=False), [(0.0, 0.0)] * 100)
+    assert "do not exist" in message
+
+
+def test_the_burn_in_has_no_pseudo_labels():
+    assert divide_sums({"loss_cls": 1.0}) == {"loss_cls": 1.0}
+    WeightAlarm(is_soft=True).update(0, {"loss_cls": 1.0})
+
+
+def test_a_run_that_keeps_nothing_warns(shapes, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(WeightAlarm, "PATIENCE", 1)
+    keys = ("SSOD.FILTER.SCORE_THRESH", 1.0, "SSOD.LOG_PERIOD", 1, "SSOD.DATA.VAL_JSON", "")
+    Trainer(tiny_config(shapes, tmp_path, *keys)).train()
+    assert sum("do not exist" in message for message in caplog.messages) == 1
+
+
+def test_boxes_that_are_undecided_are_not_measured(shapes, tmp_path, monkeypatch):
+    trainer = Trainer(tiny_config(shapes, tmp_path))
+    images, model = trainer.data.hidden_truth, trainer.model
+    model.iteration = BURN_IN_ITERS
+    model.start_teacher_if_due()
+
+    def true_boxes_and_a_wrong_one(*_):
+        for record in (images[i] for i in range(len(images))):
+            boxes = torch.cat([torch.from_numpy(record.boxes), torch.zeros(1, 4)])
+            classes = torch.cat([torch.from_numpy(record.classes), torch.zeros(1).long()])
+            scores = torch.ones(len(boxes))
+            reliable = torch.ones(len(boxes)).bool()
+            reliable[-1] = False
+            yield record, PseudoLabels(boxes, classes, scores, scores, scores, boxes, reliable)
+
+    monkeypatch.setattr(monitor, "label_images", true_boxes_and_a_wrong_one)
+    quality = monitor_pseudo_labels(model, images, trainer.cfg, trainer.device)
+    assert quality["pseudo/precision"] == quality["pseudo/recall"] == 1
+    assert quality["pseudo/boxes_per_image"] == quality["pseudo/true_boxes_per_image"]
+    assert quality["pseudo/class_kl"] == 0
+
+
+def test_nothing_is_measured_until_there_are_thresholds(shapes, tmp_path):
+    keys = ("SSOD.FILTER.NAME", "AdaptiveClassThreshold")
+    trainer = Trainer(tiny_config(shapes, tmp_path, *keys))
+    images, model = trainer.data.hidden_truth, trainer.model
+    model.iteration = BURN_IN_ITERS
+    model.start_teacher_if_due()
+    assert monitor_pseudo_labels(model, images, trainer.cfg, trainer.device) == {}

@@ -230,6 +230,11 @@ class AdaptiveClassThreshold(PseudoLabelFilter):
         self.calls, self.images_at_refresh, has_thresholds = state.tolist()
         self.has_thresholds = bool(has_thresholds)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether there are thresholds."""
+        return self.has_thresholds
+
     def set_label_distribution(
         self, class_counts: Tensor, num_labeled: int, num_unlabeled: int
     ) -> None:

@@ -38,6 +38,11 @@ class PseudoLabelFilter(nn.Module):
 
     is_soft = False
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it can tell yet what is learned."""
+        return True
+
     @classmethod
     def from_config(cls, cfg: CfgNode, num_classes: int) -> PseudoLabelFilter:
         """Build the filter from `cfg.SSOD.FILTER`."""

@@ -284,9 +284,9 @@ class SoftMatchWeighting(PseudoLabelFilter):
 
 
 def _check(ema_decay: float, n_sigma: float, max_weight: float, pool_floor: float) -> None:
-    if not 0 <= ema_decay < 1:
+    if not 0 < ema_decay < 1:
         raise InputError(
-            f"SSOD.FILTER.EMA_DECAY must be in [0, 1), got {ema_decay}. "
+            f"SSOD.FILTER.EMA_DECAY must be in (0, 1), got {ema_decay}. "
             "It is the share of the statistics kept at each update."
         )
     if not n_sigma > 0:

@@ -201,13 +201,12 @@ class TeacherStudent(nn.Module):
 
 
 def _describe(pseudo_labels: list[PseudoLabels]) -> dict[str, Tensor]:
-    """Of the boxes that are learned; those of weight 0 are kept so as not to be background."""
+    """Sums an image, which may be averaged over iterations and ranks, whatever their boxes."""
     kept = PseudoLabels.cat(pseudo_labels)
-    learned = kept.weights > 0
-    count = learned.sum()
-    return {
-        "pseudo/num_per_image": count / len(pseudo_labels),
-        "pseudo/undecided_per_image": (~learned).sum() / len(pseudo_labels),
-        "pseudo/mean_score": (kept.scores * learned).sum() / count.clamp(min=1),
-        "pseudo/mean_weight": kept.weights.sum() / count.clamp(min=1),
+    sums = {
+        "num": kept.reliable,
+        "undecided": ~kept.reliable,
+        "score": kept.scores * kept.reliable,
+        "weight": kept.weights * kept.reliable,
     }
+    return {f"pseudo/{k}_per_image": v.sum() / len(pseudo_labels) for k, v in sums.items()}

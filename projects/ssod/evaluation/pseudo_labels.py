@@ -21,6 +21,7 @@ class PseudoLabelQuality:
 
     Attributes:
         precision: share of the pseudo-boxes that match a true box.
+        weighted_precision: the same share by weight.
         recall: share of the true boxes that are matched.
         num_per_image: mean number of pseudo-boxes an image.
         true_per_image: mean number of true boxes an image.
@@ -32,6 +33,7 @@ class PseudoLabelQuality:
     """
 
     precision: float
+    weighted_precision: float
     recall: float
     num_per_image: float
     true_per_image: float
@@ -49,6 +51,7 @@ def pseudo_label_quality(
     true_classes: Sequence[Tensor],
     num_classes: int,
     iou_thresh: float = 0.5,
+    weights: Sequence[Tensor] | None = None,
 ) -> PseudoLabelQuality:
     """
     Match pseudo-boxes to true boxes of their image and class, best score first.
@@ -64,6 +67,7 @@ def pseudo_label_quality(
         true_classes: (M_i,) int64 in [0, K).
         num_classes: K.
         iou_thresh: smallest IoU of a match, in (0, 1].
+        weights: (R_i,) weights that the boxes are learned with; all 1 if None.
 
     Raises:
         ValueError: if the sequences differ in length or `iou_thresh` is out of range.
@@ -72,9 +76,10 @@ def pseudo_label_quality(
         raise ValueError(f"iou_thresh must be in (0, 1], got {iou_thresh}")
     found, true = torch.zeros(2, num_classes, dtype=torch.int64).unbind()
     hits = torch.zeros(num_classes, dtype=torch.int64)
-    iou_sum = 0.0
-    images = zip(boxes, scores, classes, true_boxes, true_classes, strict=True)
-    for box, score, label, true_box, true_label in images:
+    iou_sum = weight_sum = weight_of_hits = 0.0
+    weights = [torch.ones_like(score) for score in scores] if weights is None else weights
+    images = zip(boxes, scores, classes, weights, true_boxes, true_classes, strict=True)
+    for box, score, label, weight, true_box, true_label in images:
         order = score.argsort(descending=True, stable=True)
         box, label = box[order].double().cpu(), label[order].cpu()
         true_label = true_label.cpu()
@@ -86,9 +91,13 @@ def pseudo_label_quality(
         true += true_label.bincount(minlength=num_classes)
         hits += label[matched_ious > 0].bincount(minlength=num_classes)
         iou_sum += float(matched_ious.sum())
+        weight = weight[order].double().cpu()
+        weight_sum += float(weight.sum())
+        weight_of_hits += float(weight[matched_ious > 0].sum())
     num_images, num_hits = max(len(boxes), 1), int(hits.sum())
     return PseudoLabelQuality(
         precision=num_hits / max(int(found.sum()), 1),
+        weighted_precision=weight_of_hits / weight_sum if weight_sum else 0.0,
         recall=num_hits / max(int(true.sum()), 1),
         num_per_image=int(found.sum()) / num_images,
         true_per_image=int(true.sum()) / num_images,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from fvcore.common.config import CfgNode
@@ -60,7 +61,8 @@ def find(
         skip_broken: leave out images that cannot be decoded.
 
     Yields:
-        Each image's record and detections in its original pixels, on the CPU.
+        Each image's record and detections in its original pixels, on the CPU; without class
+        probabilities and embeddings.
     """
     was_training = detector.training
     detector.eval()
@@ -68,7 +70,12 @@ def find(
     @torch.no_grad()
     def label(images: list[Tensor]) -> list[Detections]:
         batch = detector.preprocess([image.to(device) for image in images])
-        return detector.predict(detector.features(batch), batch)
+        found = detector.predict(detector.features(batch), batch)
+        # Of thousands of images they would fill the memory.
+        return [
+            replace(d, class_probs=d.class_probs[:, :0], embeddings=d.embeddings[:, :0])
+            for d in found
+        ]
 
     try:
         yield from _over_images(label, dataset, cfg, skip_broken)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 
 import torch
 from fvcore.common.config import CfgNode
@@ -56,14 +55,14 @@ def monitor_pseudo_labels(
         device: of the model.
 
     Returns:
-        `pseudo/precision` and `pseudo/recall` in [0, 1], boxes per image, and the KL divergence of
-        their class distribution in nats, all of the boxes with a weight above 0; empty before
-        the teacher has started and without images.
+        `pseudo/precision`, `pseudo/weighted_precision` and `pseudo/recall` in [0, 1], boxes per
+        image, and the KL divergence of their classes in nats if there are any, all of the boxes
+        that are learned (`reliable`); empty without images, and until teacher and filter are ready.
     """
-    if not images or not model.teacher_started:
+    if not images or not (model.teacher_started and model.pseudo_label_filter.is_ready):
         return {}
     labeled = [
-        (record, found[found.weights > 0])
+        (record, found[found.reliable])
         for record, found in label_images(model, images, cfg, device)
     ]
     quality = pseudo_label_quality(
@@ -73,56 +72,70 @@ def monitor_pseudo_labels(
         [torch.from_numpy(record.boxes) for record, _ in labeled],
         [torch.from_numpy(record.classes) for record, _ in labeled],
         images.num_classes,
+        weights=[found.weights for _, found in labeled],
     )
-    return {
+    metrics = {
         "pseudo/precision": quality.precision,
+        "pseudo/weighted_precision": quality.weighted_precision,
         "pseudo/recall": quality.recall,
         "pseudo/boxes_per_image": quality.num_per_image,
         "pseudo/true_boxes_per_image": quality.true_per_image,
-        "pseudo/class_kl": quality.class_kl,
     }
+    return metrics | ({"pseudo/class_kl": quality.class_kl} if quality.num_per_image else {})
+
+
+def divide_sums(metrics: dict[str, float]) -> dict[str, float]:
+    """Replace the sums an image of `TeacherStudent`, averaged, by the mean score and weight."""
+    divided = dict(metrics)
+    count = metrics.get("pseudo/num_per_image")
+    for name in ("score", "weight"):
+        total = divided.pop(f"pseudo/{name}_per_image", None)
+        if count:
+            divided[f"pseudo/mean_{name}"] = total / count
+    return divided
 
 
 class WeightAlarm:
     """
-    Warns once when pseudo-labels weigh next to nothing, or all of them fully, for long.
+    Warns once when no pseudo-label is kept for long, or when their weights say nothing.
 
     A mean weight near 0 means that nothing is learned from unlabeled images, one near 1 that the
-    filter does not distinguish; both are how SoftMatch fails in other tasks. A fixed threshold
-    has weight 1 by definition, so only its lack of boxes is told.
+    filter does not distinguish; both are how SoftMatch fails in other tasks.
     """
 
     LOW, HIGH = 0.2, 0.97
     PATIENCE = 500  # iterations
 
-    def __init__(self, weighs: bool):
+    def __init__(self, is_soft: bool):
         """
         Start.
 
         Args:
-            weighs: whether the filter gives weights other than 1.
+            is_soft: whether the filter gives weights other than 1.
         """
-        self._highest = self.HIGH if weighs else math.inf
+        self._is_soft = is_soft
         self._since: int | None = None
+        self._num = self._weight = 0.0
         self._warned = False
 
     def update(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Look at a line of metrics; one of the burn-in says nothing."""
-        weight = metrics.get("pseudo/mean_weight")
-        if weight is None or self.LOW <= weight <= self._highest:
-            self._since = None
+        """Look at a line of metrics, as `divide_sums` returns it; the burn-in says nothing."""
+        if "pseudo/num_per_image" not in metrics or self._warned:
             return
         self._since = iteration if self._since is None else self._since
-        if iteration - self._since >= self.PATIENCE and not self._warned:
+        self._num += metrics["pseudo/num_per_image"]
+        self._weight += metrics["pseudo/num_per_image"] * metrics.get("pseudo/mean_weight", 0.0)
+        if iteration - self._since < self.PATIENCE:
+            return
+        mean = self._weight / self._num if self._num else 0.0
+        if not self._num or (self._is_soft and not self.LOW <= mean <= self.HIGH):
             self._warned = True
+            found = f"have a mean weight of {mean:.2f}" if self._num else "do not exist"
             logger.warning(
-                "iteration %d: the mean weight of pseudo-labels has been %.2f or so for %d "
-                "iterations, with %.2f boxes per image; expected %.2f to %.2f. Look at "
-                "SSOD.FILTER.*, or lengthen SSOD.BURN_IN_ITERS",
+                "iteration %d: for %d iterations pseudo-labels %s; look at SSOD.FILTER.*, or "
+                "lengthen SSOD.BURN_IN_ITERS",
                 iteration,
-                weight,
                 iteration - self._since,
-                metrics.get("pseudo/num_per_image", 0.0),
-                self.LOW,
-                self.HIGH,
+                found,
             )
+        self._since, self._num, self._weight = None, 0.0, 0.0

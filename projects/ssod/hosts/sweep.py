@@ -7,10 +7,12 @@ Shape shorthand: K foreground classes.
 from __future__ import annotations
 
 import logging
+import sys
 
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
+from tqdm import tqdm
 
 from ssod.core.adaptive_threshold import AdaptiveClassThreshold
 from ssod.core.distributed import get_rank, get_world_size
@@ -55,12 +57,17 @@ def sweep_if_due(model: TeacherStudent, data: RunData, cfg: CfgNode, device: tor
     places = -(-len(sample) // get_world_size()) * cfg.TEST.DETECTIONS_PER_IMAGE
     block = torch.zeros(places + 1, 2, device=device)
     block[:, 1] = data.labeled.num_classes
-    found = [
-        detections
-        for _, detections in find(
-            model.teacher, unlabeled.select(mine), cfg, device, skip_broken=True
-        )
-    ]
+    images = find(model.teacher, unlabeled.select(mine), cfg, device, skip_broken=True)
+    progress = tqdm(
+        images,
+        total=len(mine),
+        desc=f"sweep at iteration {model.iteration}",
+        unit="image",
+        disable=get_rank() > 0,
+        leave=False,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+    found = [detections for _, detections in progress]
     if found:
         scores = torch.cat([detections.scores for detections in found])
         block[: len(scores), 0] = scores.to(device)

@@ -22,7 +22,7 @@ from ssod.data.loader import FailedImages
 from ssod.errors import InputError
 from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
 from ssod.hosts.detectron2.solver import Clipper
-from ssod.hosts.monitor import WeightAlarm
+from ssod.hosts.monitor import WeightAlarm, divide_sums
 
 # `TrainerBase.train` logs a traceback of whatever ends it; an input error is told in one line.
 logging.getLogger("detectron2.engine.train_loop").addFilter(
@@ -166,7 +166,7 @@ class TeacherStudentTrainer(SimpleTrainer):
         seconds = {f"seconds/{rank}": 0.0 for rank in range(world_size)}
         seconds[f"seconds/{get_rank()}"] = self._data_seconds / len(self._finite)
         values |= {k: tensor(v, dtype=torch.float64) for k, v in (counts | seconds).items()}
-        mean = mean_over_ranks(values)
+        mean = divide_sums(mean_over_ranks(values))
         finite = [mean.pop(f"finite/{i}") == 1 for i in range(len(self._finite))]
         num_failed, num_drawn = (round(mean.pop(name) * world_size) for name in counts)
         mean["data_time"] = max(mean.pop(name) * world_size for name in seconds)

@@ -26,7 +26,12 @@ from ssod.evaluation.coco_metrics import coco_metrics
 from ssod.hosts.checkpoint import load_teacher_student, read_checkpoint
 from ssod.hosts.experiment import CONFIG_NAME
 from ssod.hosts.inference import detect
-from ssod.hosts.monitor import WeightAlarm, choose_monitored, monitor_pseudo_labels
+from ssod.hosts.monitor import (
+    WeightAlarm,
+    choose_monitored,
+    divide_sums,
+    monitor_pseudo_labels,
+)
 from ssod.hosts.sweep import sweep_if_due, tell_labels
 from ssod.hosts.torchvision.build import build_model, select_device
 from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME, save_checkpoint
@@ -122,6 +127,8 @@ class Trainer:
             previous = time.perf_counter()
             for batch in loader:
                 fetched = time.perf_counter()
+                sweep_if_due(self.model, self.data, self.cfg, self.device)
+                started = time.perf_counter()
                 losses = self._step(batch)
                 # Reading waits for the device, so it comes before the clock is read.
                 values = (
@@ -129,7 +136,7 @@ class Trainer:
                 )
                 now = time.perf_counter()
                 seconds["time/data"] += fetched - previous
-                seconds["time/step"] += now - previous
+                seconds["time/step"] += now - started + fetched - previous
                 progress.update()
                 if values:
                     count = self.model.iteration - logged
@@ -173,7 +180,6 @@ class Trainer:
         """One optimizer step; returns detached losses."""
         self.failed.update(batch)
         cfg, model = self.cfg, self.model
-        sweep_if_due(model, self.data, cfg, self.device)
         seed_step(cfg.SEED, model.iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(cfg, model.iteration)
@@ -190,7 +196,7 @@ class Trainer:
     def _read_metrics(self, losses: dict[str, Tensor]) -> dict[str, float]:
         """Copy losses and metrics to the host; waits for the device."""
         self.failed.check()
-        values = mean_over_ranks(losses | self.model.metrics)
+        values = divide_sums(mean_over_ranks(losses | self.model.metrics))
         values["total_loss"] = sum(values[name] for name in losses)
         values["lr"] = self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(values["total_loss"]):

@@ -240,7 +240,9 @@ def _draw(
         f"{cfg.SOLVER.MAX_ITER} iterations",
         class_names=data.labeled.class_names,
         validation=_validation_panels(data.val, predictions),
-        unlabeled=[_unlabeled_panel(record, found) for record, found in pseudo_labeled],
+        unlabeled=[
+            _unlabeled_panel(record, found[found.reliable]) for record, found in pseudo_labeled
+        ],
         curves=_curves(logs),
         burn_in_iters=cfg.SSOD.BURN_IN_ITERS,
         rows=rows,
@@ -291,7 +293,10 @@ def _curves(lines: dict[str, Log]) -> dict[str, list[Curve]]:
             curve("boxes per image", ssl, "pseudo/boxes_per_image", right=True),
             curve("true boxes per image", ssl, "pseudo/true_boxes_per_image", right=True),
         ],
-        "Filter": [curve(key.replace("_", " "), ssl, f"pseudo/{key}") for key in state],
+        "Filter": [
+            curve(key.replace("_", " "), ssl, f"pseudo/{key}", right=key == "class_kl")
+            for key in state
+        ],
         "Classification losses": [
             curve("labeled", ssl, "loss_cls", "loss_rpn_cls"),
             curve("unlabeled", ssl, "loss_cls_unsup", "loss_rpn_cls_unsup"),

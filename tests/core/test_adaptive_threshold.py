@@ -35,7 +35,7 @@ def _reference(scores, labels, class_counts, num_labeled, num_unlabeled, fractio
 def _filter(**kwargs):
     arguments = {"queue_images": 6, "refresh_period": 3, "max_detections": 8, **kwargs}
     labels = AdaptiveClassThreshold(NUM_CLASSES, **arguments)
-    labels.set_label_distribution(COUNTS, NUM_LABELED, num_unlabeled=100)
+    labels.set_label_distribution(COUNTS, NUM_LABELED)
     return labels
 
 

@@ -160,7 +160,7 @@ def test_every_filter_is_built_from_the_default_config(name):
     cfg.SSOD.FILTER.NAME = name
     labels = build_filter(cfg, NUM_CLASSES)
     assert type(labels).__name__ == name
-    labels.set_label_distribution(torch.tensor([3, 2, 1]), num_labeled=2, num_unlabeled=10)
+    labels.set_label_distribution(torch.tensor([3, 2, 1]), num_labeled=2)
     for images in ([[0.9, 0.8, 0.1]], [[0.9, 0.8], []], [[]], [[], []]):
         kept = labels([_detections(scores) for scores in images])
         assert [len(k) <= len(i) for k, i in zip(kept, images, strict=True)] == [True] * len(kept)
@@ -171,7 +171,7 @@ def test_every_filter_is_built_from_the_default_config(name):
 
 def test_a_fixed_threshold_has_nothing_to_learn_or_report():
     labels = FixedThreshold()
-    labels.set_label_distribution(torch.ones(NUM_CLASSES), num_labeled=1, num_unlabeled=1)
+    labels.set_label_distribution(torch.ones(NUM_CLASSES), num_labeled=1)
     assert labels.state_dict() == {} and labels.metrics() == {}
 
 

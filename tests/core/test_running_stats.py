@@ -33,7 +33,7 @@ def _filters():
         "paper": SoftMatchWeighting(NUM_CLASSES, ema_decay=0.9, start="paper", alignment="none"),
     }
     for labels in filters.values():
-        labels.set_label_distribution(torch.tensor([5, 2, 1]), 3, 100)
+        labels.set_label_distribution(torch.tensor([5, 2, 1]), 3)
     return filters
 
 

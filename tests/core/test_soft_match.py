@@ -33,7 +33,7 @@ def _double(values):
 def _filter(num_classes=NUM_CLASSES, **kwargs):
     labels = SoftMatchWeighting(num_classes, **{"ema_decay": 0.9, "pool_floor": 0.3, **kwargs})
     counts = COUNTS if num_classes == NUM_CLASSES else torch.ones(num_classes)
-    labels.set_label_distribution(counts, num_labeled=4, num_unlabeled=100)
+    labels.set_label_distribution(counts, num_labeled=4)
     return labels
 
 

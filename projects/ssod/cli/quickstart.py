@@ -36,14 +36,9 @@ ROWS = (
 )
 METRICS = ("AP", "AP50", "AP_S", "AP_M", "AP_L")
 COLUMNS = ("trained on Shapes", *METRICS, "min", "images/s")
-FILTER_STATE = (
-    "mean_weight",
-    "mean_score",
-    "reliable_thresh",
-    "uncertain_thresh",
-    "running_mean",
-    "running_var",
-    "class_kl",
+FILTER_STATE = (  # of the metrics `pseudo/...`, those that show what a filter does
+    *("mean_weight", "mean_score", "reliable_thresh", "uncertain_thresh"),
+    *("running_mean", "running_var", "class_kl"),
 )
 SHOWN_SCORE = 0.5  # predictions below it are left out of the picture
 Row = dict[str, str | float]

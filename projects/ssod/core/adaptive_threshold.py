@@ -235,9 +235,7 @@ class AdaptiveClassThreshold(PseudoLabelFilter):
         """Whether there are thresholds."""
         return self.has_thresholds
 
-    def set_label_distribution(
-        self, class_counts: Tensor, num_labeled: int, num_unlabeled: int
-    ) -> None:
+    def set_label_distribution(self, class_counts: Tensor, num_labeled: int) -> None:
         """Remember how often labels have each class; needed before training and sweeps."""
         self.labels.set(class_counts, num_labeled)
 

@@ -6,6 +6,7 @@ Shape shorthand: R detections of one image, K foreground classes.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -24,7 +25,7 @@ A registered class has `from_config(cfg, num_classes)`, which reads its keys of 
 """
 
 
-class PseudoLabelFilter(nn.Module):
+class PseudoLabelFilter(nn.Module, ABC):
     """
     Base class: `forward(list[Detections]) -> list[PseudoLabels]`, one an image.
 
@@ -44,20 +45,21 @@ class PseudoLabelFilter(nn.Module):
         return True
 
     @classmethod
+    @abstractmethod
     def from_config(cls, cfg: CfgNode, num_classes: int) -> PseudoLabelFilter:
         """Build the filter from `cfg.SSOD.FILTER`."""
-        raise NotImplementedError
 
-    def set_label_distribution(
-        self, class_counts: Tensor, num_labeled: int, num_unlabeled: int
-    ) -> None:
+    @abstractmethod
+    def forward(self, detections: list[Detections]) -> list[PseudoLabels]:
+        """Filter each image's (R,) detections; an image may keep none."""
+
+    def set_label_distribution(self, class_counts: Tensor, num_labeled: int) -> None:
         """
         Tell the filter about the data, once, before training; this one does not need it.
 
         Args:
             class_counts: (K,) labeled boxes of each class, the same on every rank.
             num_labeled: labeled images.
-            num_unlabeled: unlabeled images.
         """
 
     def metrics(self) -> dict[str, Tensor]:

@@ -192,9 +192,7 @@ class SoftMatchWeighting(PseudoLabelFilter):
             pool_floor=keys.POOL_FLOOR,
         )
 
-    def set_label_distribution(
-        self, class_counts: Tensor, num_labeled: int, num_unlabeled: int
-    ) -> None:
+    def set_label_distribution(self, class_counts: Tensor, num_labeled: int) -> None:
         """Remember how often labels have each class; needed for `alignment="labeled"`."""
         self.labels.set(class_counts, num_labeled)
 

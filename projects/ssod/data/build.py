@@ -40,7 +40,8 @@ class RunData:
     hidden_truth: DetectionDataset | None
 
 
-def _read_unlabeled(cfg: CfgNode, labeled: DetectionDataset) -> DetectionDataset | None:
+def read_unlabeled(cfg: CfgNode, labeled: DetectionDataset) -> DetectionDataset | None:
+    """Read the unlabeled files of `SSOD.DATA`, None if it names none."""
     data = cfg.SSOD.DATA
     if data.UNLABELED_JSON:
         return read_coco(data.UNLABELED_JSON, data.UNLABELED_IMAGES, require_annotations=False)
@@ -62,7 +63,7 @@ def load_run_data(cfg: CfgNode) -> RunData:
     labeled = read_coco(
         data.LABELED_JSON, data.LABELED_IMAGES, skip_invalid_boxes=data.SKIP_INVALID_BOXES
     )
-    unlabeled = _read_unlabeled(cfg, labeled)
+    unlabeled = read_unlabeled(cfg, labeled)
     hidden_truth = val = None
     if data.UNLABELED_TRUTH_JSON:
         hidden_truth = read_coco(

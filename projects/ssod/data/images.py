@@ -36,15 +36,6 @@ def read_image(path: str | Path) -> np.ndarray:
         raise InputError(f"{path}: cannot be decoded as an image ({error})") from error
 
 
-def is_readable(path: str | Path) -> bool:
-    """Whether `read_image` can decode the file; takes as long as decoding it."""
-    try:
-        read_image(path)
-    except InputError:
-        return False
-    return True
-
-
 def read_image_size(path: str | Path) -> tuple[int, int]:
     """
     Return (height, width) of the upright image from the file's header, without decoding it.

@@ -29,7 +29,6 @@ def tell_labels(model: TeacherStudent, data: RunData) -> None:
     model.pseudo_label_filter.set_label_distribution(
         torch.from_numpy(data.labeled.class_counts),
         len(data.labeled),
-        len(data.unlabeled) if data.unlabeled else 0,
     )
 
 

@@ -36,15 +36,6 @@ NUMBERS = itertools.count()  # of the names registered here
 BOX = {"bbox": [1, 2, 5, 6], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 1}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _clean_catalogs():
-    known = [(catalog, set(catalog.list())) for catalog in (DatasetCatalog, MetadataCatalog)]
-    yield
-    for catalog, names in known:
-        for name in set(catalog.list()) - names:
-            catalog.remove(name)
-
-
 @pytest.fixture
 def register():
     """Register entries, or a COCO file and its images; returns the name."""

@@ -58,15 +58,6 @@ def _register_voc(name, root, year=2007, classes=CLASSES):
     MetadataCatalog.get(name).evaluator_type = "pascal_voc"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _clean_catalogs():
-    known = [(catalog, set(catalog.list())) for catalog in (DatasetCatalog, MetadataCatalog)]
-    yield
-    for catalog, names in known:
-        for name in set(catalog.list()) - names:
-            catalog.remove(name)
-
-
 @pytest.fixture
 def voc(tmp_path):
     """Write and register a VOC set; returns its name."""

@@ -20,7 +20,7 @@ from detectron2.structures import BoxMode
 
 from ssod.data import build
 from ssod.data.build import RunData, make_run_data
-from ssod.data.datasets import DetectionDataset, ImageRecord, read_coco, read_image_folder
+from ssod.data.datasets import DetectionDataset, ImageRecord, read_coco
 from ssod.data.images import read_image_size
 from ssod.errors import InputError
 from ssod.hosts.detectron2.evaluation import check_evaluable, reading_catalog, test_dataset_names
@@ -88,15 +88,14 @@ def _read_sets(cfg: CfgNode) -> tuple[RunData, tuple[str, str, str]]:
         labeled = read_catalog(train, skip_invalid_boxes=skip, filter_empty=filter_empty)
     else:
         labeled = read_coco(files.LABELED_JSON, files.LABELED_IMAGES, skip_invalid_boxes=skip)
-    images = files.UNLABELED_IMAGES
     if files.UNLABELED:
         unlabeled, truth = _read_unlabeled(files.UNLABELED, labeled)
-    elif files.UNLABELED_JSON:
-        unlabeled = read_coco(files.UNLABELED_JSON, images, require_annotations=False)
-    elif images:
-        unlabeled = read_image_folder(images, labeled.class_names, labeled.category_ids)
+    else:
+        unlabeled = build.read_unlabeled(cfg, labeled)
     if files.UNLABELED_TRUTH_JSON:
-        truth = read_coco(files.UNLABELED_TRUTH_JSON, images, skip_invalid_boxes=True)
+        truth = read_coco(
+            files.UNLABELED_TRUTH_JSON, files.UNLABELED_IMAGES, skip_invalid_boxes=True
+        )
     if test:
         val = read_catalog(test, skip_invalid_boxes=True)
     elif files.VAL_JSON:

@@ -21,15 +21,19 @@ OPTIONS = (
     # over images then.
     *("MODEL.RPN.BATCH_SIZE_PER_IMAGE", 2048, "MODEL.RPN.NMS_THRESH", 1.0),
     *("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 64, "MODEL.ROI_HEADS.POSITIVE_FRACTION", 1.0),
-    *("MODEL.ROI_HEADS.PROPOSAL_APPEND_GT", False),
+    *("MODEL.ROI_HEADS.PROPOSAL_APPEND_GT", False, "MODEL.ROI_HEADS.IOU_THRESHOLDS", "[0.2]"),
     *("SSOD.FILTER.NAME", "FixedBoxes", "SSOD.BURN_IN_ITERS", 1, "SSOD.LOG_PERIOD", 1),
-    *("SSOD.LABELED_VIEWS", "both"),
+    *("SSOD.LABELED_VIEWS", "both", "SSOD.LSM.ENABLED", True),
 )
 
 
 @PSEUDO_LABEL_FILTER_REGISTRY.register()
 class FixedBoxes(PseudoLabelFilter):
-    """Two boxes in the first image over all ranks, `num_second` in the second."""
+    """
+    Two boxes in the first image over all ranks, `num_second` in the second.
+
+    Their weights are below 1, so that the second branch distils their regions.
+    """
 
     num_second = 2
 
@@ -41,9 +45,9 @@ class FixedBoxes(PseudoLabelFilter):
         boxes = torch.tensor([[4.0, 6, 30, 40], [20, 20, 60, 50]])
         classes = torch.tensor([1, 4])
         counts = [2 if get_rank() + i == 0 else self.num_second for i in range(len(detections))]
-        one = torch.ones(2)
+        weights = torch.full((2,), 0.625)
         probs = torch.full((2, NUM_CLASSES + 1), 0.1)
-        labels = PseudoLabels(boxes, classes, one, one, one, probs, one > 0)
+        labels = PseudoLabels(boxes, classes, weights, weights, weights, probs, weights > 0)
         return [labels[:count] for count in counts]
 
 
@@ -114,7 +118,7 @@ def train(shapes, output, num_boxes):
     trainer = TeacherStudentTrainer(
         create_ddp_model(model, broadcast_buffers=False, device_ids=None),
         batches,
-        build_optimizer(cfg, model.student),
+        build_optimizer(cfg, model),
         seed=0,
         log_period=1,
         max_skipped_steps=1,

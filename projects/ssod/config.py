@@ -23,6 +23,7 @@ _RANGES = {  # of keys that nothing else checks before training
     "SEED": (0, 2**63),
     "SSOD.FOCAL_GAMMA": (0, 10),
     "SSOD.RPN_IGNORE_WEIGHT": (0, 1),
+    "SSOD.CANONICAL_BOX_SIZE": (1, 2**31),
     "SSOD.DATA.MAX_FAILED_SHARE": (0, 1),
     "SSOD.LOG_PERIOD": (1, 2**31),
     "SSOD.ACCUMULATE_STEPS": (1, 2**31),
@@ -62,6 +63,9 @@ def add_ssod_config(cfg: CfgNode) -> None:
     ssod.RPN_IGNORE_WEIGHT = 0.5
     # Exponent of the softmax focal loss of the box head (Unbiased Teacher: 1.5); 0: cross entropy.
     ssod.FOCAL_GAMMA = 1.5
+    # Square root of the area of boxes that are pooled from level 4, in pixels (FPN). A smaller one
+    # spreads the boxes of small images over all levels; Detectron2 alone has no key for it.
+    ssod.CANONICAL_BOX_SIZE = 224
     # "SGD" (published recipes) or "AdamW" (short schedules from scratch).
     ssod.OPTIMIZER = "SGD"
     # Iterations between two lines of metrics, each of which waits for the device.
@@ -74,6 +78,9 @@ def add_ssod_config(cfg: CfgNode) -> None:
     ssod.FILTER.SCORE_THRESH = 0.7
     _add_adaptive_threshold(ssod.FILTER)
     _add_soft_match(ssod.FILTER)
+
+    ssod.LSM = type(cfg)()
+    _add_low_resolution(ssod.LSM)
 
     ssod.DATA = type(cfg)()
     data = ssod.DATA
@@ -136,6 +143,48 @@ def _add_soft_match(group: CfgNode) -> None:
     group.ALIGNMENT = "labeled"
     # Probability from which a detection is learned at all (ours: it decides the precision).
     group.POOL_FLOOR = 0.5
+
+
+def _add_low_resolution(group: CfgNode) -> None:
+    # Low-confidence samples mining: a second branch on the strong view at half the size.
+    group.ENABLED = False
+    # Score above which FixedThreshold hands boxes to the branch, at most SCORE_THRESH (LSM). The
+    # other filters have bounds of their own: ACT's lower thresholds, SoftMatch's POOL_FLOOR.
+    group.ALPHA = 0.5
+    # FixedThreshold: the main branch ignores boxes between the two thresholds. LSM: background.
+    group.IGNORE_LOW_SCORES = False
+    # Factor on the losses of the branch, within UNSUP_LOSS_WEIGHT (ours: LSM says "decreased").
+    group.WEIGHT = 0.5
+    # Iterations after the burn-in over which all losses of the branch grow from 0; 0: at once.
+    group.RAMP_ITERS = 0
+    # Of the small image: "bilinear" or "nearest" (PseCo).
+    group.INTERPOLATION = "bilinear"
+    # Regions: "rpn", drawn anew from the main branch's proposals, or "main", those of its losses.
+    group.PROPOSALS = "rpn"
+    # Levels of the small image that count; regions go to the level below that of the full one.
+    group.LEVELS = (2, 3, 4)
+    # Leave out regions of level 2 instead of pooling them from level 2 of the small image.
+    group.DROP_UNALIGNED = False
+    # Classifier of the branch: "aux", its own, or "main".
+    group.HEAD = "aux"
+    # How its own one starts: "main", as a copy at the end of the burn-in, or "random".
+    group.HEAD_INIT = "main"
+    # Boxes that the branch learns coordinates of: "all", "reliable" (by the main branch's weight)
+    # or "none".
+    group.BOX_LOSS = "all"
+    # Train the RPN on the small image too, a second pass of it (PseCo).
+    group.RPN_LOSS = False
+    # Factor on the self-distillation, within UNSUP_LOSS_WEIGHT; 0: none.
+    group.DISTILL_WEIGHT = 1.0
+    # Whose distribution the divergence is from: "aux" (LSM), "main" or "both", half of each.
+    group.DISTILL_TARGET = "aux"
+    # Stop the gradient to that distribution. LSM lets both learn.
+    group.DISTILL_DETACH = False
+    # Regions: "pseudo", by how little the main branch learns of their box, or "predicted", with an
+    # auxiliary score between the thresholds of FixedThreshold.
+    group.DISTILL_REGIONS = "pseudo"
+    # What their sum is divided by: all "sampled" regions, or those that are "distilled".
+    group.DISTILL_NORM = "sampled"
 
 
 def add_detectron2_config(cfg: CfgNode) -> None:

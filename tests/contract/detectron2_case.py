@@ -52,9 +52,11 @@ def storage():
     return EventStorage()
 
 
-def build():
-    """Return the adapter."""
-    return Detectron2RCNN(config())
+def build(**keys):
+    """Return the adapter, with keys of `SSOD`."""
+    cfg = config()
+    cfg.SSOD.update(keys)
+    return Detectron2RCNN(cfg)
 
 
 def host_model(detector):
@@ -105,3 +107,8 @@ def rpn_head(detector):
 def sample_every_anchor(detector):
     """Make the RPN learn every anchor that is not ignored."""
     detector.proposal_generator.batch_size_per_image = 10**6
+
+
+def classifier(detector):
+    """Return the box head's classifier."""
+    return detector.roi_heads.box_predictor.cls_score

@@ -1,8 +1,6 @@
 """The same assertions for every host's adapter."""
 
 import copy
-from importlib import import_module
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,25 +12,6 @@ from ssod.core.structures import PseudoLabels, Targets, TwoStreamBatch, Views
 from ssod.core.teacher_student import TeacherStudent
 
 NUM_CLASSES = 3
-HOSTS = ["torchvision"] + ["detectron2"] * (find_spec("detectron2") is not None)
-
-
-@pytest.fixture(params=HOSTS)
-def case(request):
-    case = import_module(f"contract.{request.param}_case")
-    with case.storage():
-        yield case
-
-
-@pytest.fixture
-def detector(case):
-    torch.manual_seed(0)
-    detector = case.build()
-    # Initial heads are almost constant; larger weights make mistakes visible.
-    with torch.no_grad():
-        for parameter in detector.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    return detector.train()
 
 
 def _images(*sizes, seed=0):
@@ -228,6 +207,60 @@ def test_rescoring_is_called_once_for_all_images_and_decides_the_scores(detector
         torch.testing.assert_close(found.scores, torch.full((len(found),), 0.9))
 
 
+class _MeanPyramid(torch.nn.Module):
+    """A backbone whose level k is the image's mean over squares of 2**k pixels."""
+
+    def __init__(self, names, channels):
+        super().__init__()
+        self.names, self.channels = names, channels
+
+    def forward(self, x):
+        gray = x.mean(1, keepdim=True).expand(-1, self.channels, -1, -1)
+        return {name: F.avg_pool2d(gray, 2**k) for k, name in enumerate(self.names, start=2)}
+
+
+def test_half_size_image_gives_the_features_of_the_next_level(detector):
+    """Level k - 1 of the half-size image equals level k here, so what is pooled must be equal."""
+    batch = detector.preprocess(_images((256, 512)))
+    pyramid = detector.features(batch)
+    detector.backbone = _MeanPyramid(list(pyramid), next(iter(pyramid.values())).shape[1])
+    boxes = torch.tensor(
+        [[5.0, 7.0, 140.0, 150.0], [0.0, 0.0, 250.0, 240.0], [9.0, 3.0, 503.0, 251.0]]
+    )
+    assert detector.levels([boxes]).tolist() == [3, 4, 4]
+    detector.roi_heads.box_head.register_forward_hook(lambda m, inputs, out: pooled.append(inputs))
+    pooled: list = []
+    detector.score_regions(detector.features(batch), [boxes])
+    detector.score_regions(detector.features(batch.half()), [boxes], stride_shift=1)
+    (full,), (small,) = pooled
+    assert full.std() > 0.01
+    torch.testing.assert_close(small, full)
+
+
+def test_levels_follow_the_canonical_size(detector):
+    sides = torch.tensor([20.0, 111.0, 113.0, 223.0, 225.0, 447.0, 449.0, 2000.0])
+    boxes = torch.stack([sides * 0, sides * 0, sides * 2, sides / 2], 1)
+    levels = detector.levels([boxes[:3], boxes[3:3], boxes[3:]])
+    assert levels.tolist() == [2, 2, 3, 3, 4, 4, 5, 5]
+    assert detector.levels([boxes[:0]]).shape == (0,)
+
+
+def test_canonical_size_is_a_key(case):
+    detector = case.build(CANONICAL_BOX_SIZE=56)
+    boxes = torch.tensor([[0.0, 0.0, side, side] for side in (27, 29, 55, 57, 111, 113)])
+    assert detector.levels([boxes]).tolist() == [2, 3, 3, 4, 4, 5]
+    features = detector.features(detector.preprocess(_images((128, 128))))
+    expected = detector.score_regions(features, [boxes])
+    actual = detector.score_regions(case.shifted_pyramid(features), [boxes[1:]], stride_shift=1)
+    torch.testing.assert_close(actual.logits, expected.logits[1:])
+
+
+def test_new_classifier_draws_no_random_numbers(detector):
+    state = torch.get_rng_state()
+    detector.new_classifier()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_stride_shift_reads_a_half_size_image_as_halved_boxes_do(detector):
     batch = detector.preprocess(_images((128, 128), (120, 100)))
     small = detector.features(batch.half())
@@ -243,7 +276,10 @@ def test_stride_shift_pools_the_next_coarser_level(case, detector):
     batch = detector.preprocess(_images((256, 512)))
     features = detector.features(batch)
     boxes = torch.tensor(
-        [[5.0, 7.0, 140.0, 150.0], [0.0, 0.0, 250.0, 240.0], [9.0, 3.0, 503.0, 251.0]]
+        [
+            *([5.0, 7.0, 140.0, 150.0], [0.0, 0.0, 250.0, 240.0], [9.0, 3.0, 503.0, 251.0]),
+            [-400.0, -400.0, 900.0, 900.0],  # halved, it would still be of level 5
+        ]
     )
     assert (box_area(boxes).sqrt() >= 112).all()
     expected = detector.score_regions(features, [boxes])

@@ -33,10 +33,12 @@ def storage():
     return nullcontext()
 
 
-def build():
-    """Return the adapter."""
+def build(**keys):
+    """Return the adapter, with keys of `SSOD`."""
     flat = [str(item) for pair in OVERRIDES.items() for item in pair]
-    return build_detector(merge_config(get_config(), "", flat))
+    cfg = merge_config(get_config(), "", flat)
+    cfg.SSOD.update(keys)
+    return build_detector(cfg)
 
 
 def host_model(detector):
@@ -100,3 +102,8 @@ def sample_every_anchor(detector):
     """Make the RPN learn every anchor that is not ignored."""
     detector.rpn.fg_bg_sampler.batch_size_per_image = 10**6
     detector.rpn.fg_bg_sampler.positive_fraction = 0.5
+
+
+def classifier(detector):
+    """Return the box head's classifier."""
+    return detector.roi_heads.box_predictor.cls_score

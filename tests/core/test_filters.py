@@ -145,6 +145,34 @@ def test_the_config_names_the_filter_and_its_threshold():
     assert len(labels([_detections([0.5, 0.25])])[0]) == 1
 
 
+def test_boxes_between_two_thresholds_are_kept_with_no_weight():
+    scores = [0.9, 0.7, 0.6, 0.5, 0.3]
+    (both,) = FixedThreshold(0.7, 0.5)([_detections(scores)])
+    assert both.scores.tolist() == pytest.approx([0.9, 0.7, 0.6])
+    assert both.reliable.tolist() == [True, False, False]
+    assert both.weights.tolist() == both.box_weights.tolist() == [1.0, 0.0, 0.0]
+    for labels in (FixedThreshold(0.7), FixedThreshold(0.7, 0.7), FixedThreshold(0.7, 0.7, True)):
+        assert len(labels([_detections(scores)])[0]) == 1
+        assert not labels.drops_undecided
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_undecided_boxes_are_dropped_or_ignored_as_the_config_says(ignored):
+    cfg = get_config()
+    cfg.SSOD.LSM.ALPHA, cfg.SSOD.LSM.IGNORE_LOW_SCORES = 0.25, ignored
+    assert len(FixedThreshold.from_config(cfg, NUM_CLASSES)([_detections([0.5])])[0]) == 0
+    cfg.SSOD.LSM.ENABLED = True
+    labels = FixedThreshold.from_config(cfg, NUM_CLASSES)
+    assert len(labels([_detections([0.5])])[0]) == 1
+    assert labels.drops_undecided == (not ignored)
+
+
+@pytest.mark.parametrize("low", [-0.1, 0.71, float("nan")])
+def test_a_lower_threshold_above_the_other_is_refused(low):
+    with pytest.raises(InputError, match=r"SSOD.LSM.ALPHA must be in \[0, SSOD.FILTER.SCORE_THR"):
+        FixedThreshold(0.7, low)
+
+
 def test_an_unknown_filter_is_refused_by_name():
     with pytest.raises(KeyError, match="No object named 'NoSuchFilter'"):
         PSEUDO_LABEL_FILTER_REGISTRY.get("NoSuchFilter")

@@ -207,6 +207,27 @@ def test_regions_of_an_image_without_targets_may_point_anywhere():
     assert samples.probs.tolist() == [[0.0, 0.0, 0.0, 1.0]]
 
 
+@pytest.mark.parametrize("num_targets", [[2, 3], [3, 0, 1], [0, 0]])
+def test_look_up_reads_the_matched_target_of_each_region(num_targets):
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.rand(count, generator=generator) for count in num_targets]
+    boxes = [torch.zeros(4, 4) for _ in num_targets]
+    matched, classes, expected = [], [], []
+    for value in values:
+        rows = torch.randint(max(len(value), 1), (4,), generator=generator)
+        labels = torch.tensor([0, NUM_CLASSES, 1, NUM_CLASSES])
+        labels = labels if len(value) else torch.full((4,), NUM_CLASSES)
+        matched.append(rows)
+        classes.append(labels)
+        expected += [
+            -1.0 if label == NUM_CLASSES else float(value[row])
+            for row, label in zip(rows.tolist(), labels.tolist(), strict=True)
+        ]
+    targets = [_targets(count) for count in num_targets]
+    samples = RegionSamples.from_matches(boxes, classes, matched, targets, NUM_CLASSES)
+    assert samples.look_up(values, background=-1.0).tolist() == pytest.approx(expected)
+
+
 def test_samples_leave_the_targets_unchanged():
     targets = _targets(1)
     before = targets.weights.clone(), targets.probs.clone()
@@ -247,6 +268,13 @@ def test_half_keeps_the_last_row_and_column_of_an_odd_tensor(size):
     half = ImageBatch(images, [size]).half(divisor=1)
     assert half.tensor.shape[-2:] == half.sizes[0]
     torch.testing.assert_close(half.tensor, _half_reference(images, divisor=1))
+
+
+def test_nearest_half_keeps_every_other_pixel():
+    images = torch.rand(2, 3, 6, 8)
+    half = ImageBatch(images, [(6, 8), (5, 7)]).half(divisor=1, mode="nearest")
+    assert torch.equal(half.tensor, images[:, :, ::2, ::2])
+    assert half.sizes == [(3, 4), (3, 4)]
 
 
 def test_half_rounds_odd_sizes_up():

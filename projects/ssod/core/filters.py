@@ -35,9 +35,12 @@ class PseudoLabelFilter(nn.Module, ABC):
 
     Attributes:
         is_soft: whether what is learned has weights other than 1.
+        drops_undecided: whether boxes that are not `reliable` are background to the main branch
+            instead of being ignored; only other branches learn from them then.
     """
 
     is_soft = False
+    drops_undecided = False
 
     @property
     def is_ready(self) -> bool:
@@ -121,33 +124,55 @@ class FixedThreshold(PseudoLabelFilter):
     Keep detections with a score above one threshold, all with weight 1.
 
     The filter of Unbiased Teacher (https://arxiv.org/abs/2102.09480): strictly above, default 0.7.
+    Detections with a score in (low_score_thresh, score_thresh] are kept for other branches, with
+    weights of 0 and not `reliable`.
 
     Args:
         score_thresh: probability in [0, 1].
+        low_score_thresh: probability up to `score_thresh`; None for the same.
+        ignore_low_scores: whether the main branch ignores boxes between the two; otherwise they
+            are background to it.
 
     Raises:
-        ValueError: if `score_thresh` is outside [0, 1].
+        InputError: if a threshold is out of range.
     """
 
-    def __init__(self, score_thresh: float = 0.7):
+    def __init__(
+        self,
+        score_thresh: float = 0.7,
+        low_score_thresh: float | None = None,
+        ignore_low_scores: bool = False,
+    ):
         super().__init__()
         if not 0 <= score_thresh <= 1:
             raise InputError(
                 f"SSOD.FILTER.SCORE_THRESH must be in [0, 1], got {score_thresh}. "
                 "Scores are probabilities, not logits."
             )
+        if low_score_thresh is None:
+            low_score_thresh = score_thresh
+        if not 0 <= low_score_thresh <= score_thresh:
+            raise InputError(
+                f"SSOD.LSM.ALPHA must be in [0, SSOD.FILTER.SCORE_THRESH {score_thresh}], "
+                f"got {low_score_thresh}"
+            )
         self.score_thresh = score_thresh
+        self.low_score_thresh = low_score_thresh
+        self.drops_undecided = low_score_thresh < score_thresh and not ignore_low_scores
 
     @classmethod
     def from_config(cls, cfg: CfgNode, num_classes: int) -> FixedThreshold:
-        """Read `SSOD.FILTER.SCORE_THRESH`."""
-        return cls(cfg.SSOD.FILTER.SCORE_THRESH)
+        """Read `SSOD.FILTER.SCORE_THRESH` and, if there is the branch, `SSOD.LSM`."""
+        lsm = cfg.SSOD.LSM
+        low = (lsm.ALPHA, lsm.IGNORE_LOW_SCORES) if lsm.ENABLED else ()
+        return cls(cfg.SSOD.FILTER.SCORE_THRESH, *low)
 
     def forward(self, detections: list[Detections]) -> list[PseudoLabels]:
         """Filter each image's (R,) detections; an image may keep none."""
-        rows = kept_rows([d.scores > self.score_thresh for d in detections])
+        rows = kept_rows([d.scores > self.low_score_thresh for d in detections])
         kept = [d[row] for d, row in zip(detections, rows, strict=True)]
+        reliable = [k.scores > self.score_thresh for k in kept]
         return [
-            to_pseudo_labels(k, torch.ones_like(k.scores), torch.ones_like(k.classes).bool())
-            for k in kept
+            to_pseudo_labels(k, sure.to(k.scores.dtype), sure)
+            for k, sure in zip(kept, reliable, strict=True)
         ]

@@ -125,9 +125,14 @@ class RegionDetector(nn.Module, ABC):
         Pool regions (R_i, 4) of each image and run the box head and predictors.
 
         With `stride_shift` s the features are those of the image at 1 / 2**s of its size while
-        `boxes` stay in full-size pixels, so level k of the small image stands in for level
-        k + s of the full one. Pooling is done in fp32 under autocast.
+        `boxes` stay in full-size pixels: level k of the small image stands in for level k + s of
+        the full one. Regions of a level below 2 + s go to the finest one of the small image, whose
+        s coarsest levels are not used. Pooling is done in fp32 under autocast.
         """
+
+    @abstractmethod
+    def levels(self, boxes: list[Tensor]) -> Tensor:
+        """Return the pyramid level, log2 of its stride, that each region is pooled from: (R,)."""
 
     @abstractmethod
     def region_losses(self, output: RegionOutput, samples: RegionSamples) -> dict[str, Tensor]:

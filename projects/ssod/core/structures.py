@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Interpolation = Literal["bilinear", "nearest"]
 
 
 def _move(value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -184,6 +186,22 @@ class RegionSamples(TensorFields):
     box_weights: Tensor
     probs: Tensor
 
+    def look_up(self, values: Sequence[Tensor], background: float = 0.0) -> Tensor:
+        """
+        Return what the matched target of each region has, (R,).
+
+        Args:
+            values: (M_i,) of each image's targets.
+            background: value of background regions.
+        """
+        sizes = [len(boxes) for boxes in self.boxes]
+        rows = [
+            v[m] if len(v) else v.new_zeros(len(m))
+            for v, m in zip(values, self.matched.split(sizes), strict=True)
+        ]
+        is_background = self.classes == self.probs.shape[1] - 1
+        return torch.cat(rows).masked_fill(is_background, background)
+
     @classmethod
     def from_matches(
         cls,
@@ -273,16 +291,17 @@ class ImageBatch(TensorFields):
         """Select images by a slice; the padding stays."""
         return ImageBatch(self.tensor[index], self.sizes[index])
 
-    def half(self, divisor: int = 32) -> ImageBatch:
+    def half(self, divisor: int = 32, mode: Interpolation = "bilinear") -> ImageBatch:
         """
         Return the batch at half the size, zero-padded to a multiple of `divisor`.
 
-        Bilinear without aligned corners, which at this factor is the mean of 2 x 2 pixels:
-        geometry scales by exactly 1/2. Odd sizes are rounded up.
+        "bilinear" without aligned corners is the mean of 2 x 2 pixels at this factor: geometry
+        scales by exactly 1/2. "nearest" keeps every other pixel. Odd sizes are rounded up.
         """
         height, width = self.tensor.shape[-2:]
         even = F.pad(self.tensor, (0, width % 2, 0, height % 2))
-        small = F.interpolate(even, scale_factor=0.5, mode="bilinear", align_corners=False)
+        align_corners = False if mode == "bilinear" else None
+        small = F.interpolate(even, scale_factor=0.5, mode=mode, align_corners=align_corners)
         height, width = small.shape[-2:]
         small = F.pad(small, (0, -width % divisor, 0, -height % divisor))
         return ImageBatch(small, [((h + 1) // 2, (w + 1) // 2) for h, w in self.sizes])

@@ -14,25 +14,27 @@ from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from ssod.core.ema import update_ema
-from ssod.core.filters import PseudoLabelFilter, build_filter
-from ssod.core.interfaces import RegionDetector
-from ssod.core.structures import PseudoLabels, TwoStreamBatch, Views
+from ssod.core.filters import PseudoLabelFilter, build_filter, kept_rows
+from ssod.core.interfaces import Features, LossOutput, RegionDetector
+from ssod.core.low_resolution import LowResolutionBranch
+from ssod.core.structures import ImageBatch, PseudoLabels, TwoStreamBatch, Views
 from ssod.errors import InputError
 
 BOX_LOSSES = ("loss_box_reg", "loss_rpn_loc")
 LabeledViews = Literal["both", "strong", "weak"]
 
 
-def arguments_from_config(cfg: CfgNode, num_classes: int) -> dict[str, Any]:
+def arguments_from_config(cfg: CfgNode, student: RegionDetector) -> dict[str, Any]:
     """
-    Read the arguments of `TeacherStudent`, all but the student, from `cfg.SSOD`.
+    Read the arguments of `TeacherStudent`, all but the student, from a host's config.
 
     Raises:
-        InputError: for a filter that does not exist or does not accept its keys.
+        InputError: for a filter that does not exist, or a part that does not accept its keys.
     """
     ssod = cfg.SSOD
     return {
-        "pseudo_label_filter": build_filter(cfg, num_classes),
+        "pseudo_label_filter": build_filter(cfg, student.num_classes),
+        "low_resolution": LowResolutionBranch.from_config(cfg, student),
         "burn_in_iters": ssod.BURN_IN_ITERS,
         "ema_decay": ssod.EMA_DECAY,
         "unsup_loss_weight": ssod.UNSUP_LOSS_WEIGHT,
@@ -48,9 +50,9 @@ class TeacherStudent(nn.Module):
     Unbiased Teacher (https://arxiv.org/abs/2102.09480): supervised burn-in, then the teacher starts
     as a copy of the student, labels weakly augmented unlabeled images, and the student learns
     them from the strongly augmented view. `forward` is one iteration's losses; call `after_step`
-    once the optimizer has stepped. Parameters are those of `student` and the frozen `teacher`, so
-    one checkpoint holds both; the iteration and whether the teacher has started are saved with
-    them.
+    once the optimizer has stepped. Parameters are those of `student`, the frozen `teacher` and the
+    other parts, so one checkpoint holds them; the iteration and whether the teacher has started
+    are saved with them.
 
     Differs from the published code: the teacher is in eval mode and does not exist, rather than
     being random, before the end of the burn-in; left-out losses are left out, not multiplied by
@@ -65,6 +67,7 @@ class TeacherStudent(nn.Module):
             while the teacher averages as usual: the control of a comparison.
         unsup_box_losses: whether box losses are computed against pseudo-boxes.
         labeled_views: views of labeled images the student learns from.
+        low_resolution: a second branch of the student that adds losses to unlabeled images.
 
     Raises:
         InputError: if an argument is out of range.
@@ -80,6 +83,7 @@ class TeacherStudent(nn.Module):
         unsup_loss_weight: float,
         unsup_box_losses: bool = False,
         labeled_views: LabeledViews = "both",
+        low_resolution: LowResolutionBranch | None = None,
     ):
         super().__init__()
         if burn_in_iters < 0:
@@ -98,6 +102,7 @@ class TeacherStudent(nn.Module):
         self.student = student
         self.teacher = copy.deepcopy(student).requires_grad_(False)
         self.pseudo_label_filter = pseudo_label_filter
+        self.low_resolution = low_resolution
         self.burn_in_iters = burn_in_iters
         self.ema_decay = ema_decay
         self.unsup_loss_weight = unsup_loss_weight
@@ -151,6 +156,8 @@ class TeacherStudent(nn.Module):
             pseudo_labels = self.pseudo_labels(batch.unlabeled.weak)
             losses |= self.unsupervised_losses(batch.unlabeled, pseudo_labels)
             self.metrics = _describe(pseudo_labels) | self.pseudo_label_filter.metrics()
+        elif self.low_resolution is not None:
+            losses["loss_cls"] = losses["loss_cls"] + self.low_resolution.idle_loss()
         return losses
 
     def after_step(self) -> None:
@@ -172,6 +179,8 @@ class TeacherStudent(nn.Module):
         # Also true when a run is resumed with a burn-in that was shortened to before its iteration.
         if not self.teacher_started and self.iteration >= self.burn_in_iters:
             update_ema(self.teacher, self.student, decay=0.0)
+            if self.low_resolution is not None:
+                self.low_resolution.start(self.student)
             self.teacher_started = True
 
     def supervised_losses(self, labeled: Views) -> dict[str, Tensor]:
@@ -190,14 +199,33 @@ class TeacherStudent(nn.Module):
         self, unlabeled: Views, pseudo_labels: list[PseudoLabels]
     ) -> dict[str, Tensor]:
         """Return the student's weighted losses on strong views, named `*_unsup`."""
-        targets = [p.to_targets() for p in pseudo_labels]
+        learned = pseudo_labels
+        if self.pseudo_label_filter.drops_undecided:
+            rows = kept_rows([p.reliable for p in pseudo_labels])
+            learned = [p[row] for p, row in zip(pseudo_labels, rows, strict=True)]
         batch = self.student.preprocess(unlabeled.strong)
-        losses = self.student.losses(self.student.features(batch), batch, targets).losses
-        return {
-            f"{name}_unsup": self.unsup_loss_weight * loss
-            for name, loss in losses.items()
+        features = self.student.features(batch)
+        main = self.student.losses(features, batch, [p.to_targets() for p in learned])
+        losses = {
+            name: loss
+            for name, loss in main.losses.items()
             if self.unsup_box_losses or name not in BOX_LOSSES
         }
+        if self.low_resolution is not None:
+            losses |= self.low_resolution_losses(batch, features, main, pseudo_labels)
+        return {f"{name}_unsup": self.unsup_loss_weight * loss for name, loss in losses.items()}
+
+    def low_resolution_losses(
+        self,
+        batch: ImageBatch,
+        features: Features,
+        main: LossOutput,
+        pseudo_labels: list[PseudoLabels],
+    ) -> dict[str, Tensor]:
+        """Return the losses of the second branch; arguments as it takes them."""
+        assert self.low_resolution is not None, "there is no second branch"
+        iterations = self.iteration - self.burn_in_iters
+        return self.low_resolution(self.student, batch, features, main, pseudo_labels, iterations)
 
 
 def _describe(pseudo_labels: list[PseudoLabels]) -> dict[str, Tensor]:

@@ -74,18 +74,18 @@ def load_teacher_student(model: TeacherStudent, state: dict[str, Any], path: str
     """
     Load the model of a run that is to be continued.
 
-    If the checkpoint is of another pseudo-label filter, the model's own starts anew, with one line
-    logged: filters can be exchanged during a run.
+    If the checkpoint has another pseudo-label filter or second branch, the model's own starts anew,
+    with one line logged: they can be exchanged during a run, as far as the optimizer allows it.
 
     Raises:
         InputError: as `load_matching`.
     """
-    prefix = "pseudo_label_filter."
-    own = {name: v for name, v in model.state_dict().items() if name.startswith(prefix)}
-    saved = {name: v for name, v in state.items() if name.startswith(prefix)}
-    if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in saved.items()}:
-        logger.info("%s: it is of another pseudo-label filter; the one set starts anew", path)
-        state = {name: v for name, v in state.items() if name not in saved} | own
+    for part in ("pseudo_label_filter", "low_resolution"):
+        own = {name: v for name, v in model.state_dict().items() if name.startswith(f"{part}.")}
+        saved = {name: v for name, v in state.items() if name.startswith(f"{part}.")}
+        if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in saved.items()}:
+            logger.info("%s: it has another %s; the one set starts anew", path, part)
+            state = {name: v for name, v in state.items() if name not in saved} | own
     load_matching(model, state, path)
 
 

@@ -6,15 +6,18 @@ Shape shorthand: N images, R regions of all images, K foreground classes, D embe
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from ssod.core.interfaces import Features, RegionDetector
 from ssod.core.losses import weighted_box_loss, weighted_classification_loss
@@ -71,6 +74,7 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
 
     Args:
         focal_gamma: exponent of the classification loss, 0 for cross entropy.
+        canonical_box_size: square root of the area, in pixels, of boxes pooled from level 4.
         **kwargs: of `GeneralizedRCNN`.
 
     Raises:
@@ -78,15 +82,16 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
     """
 
     @configurable
-    def __init__(self, *, focal_gamma: float, **kwargs: Any):
+    def __init__(self, *, focal_gamma: float, canonical_box_size: int, **kwargs: Any):
         super().__init__(**kwargs)
         _check_supported(self)
         self.focal_gamma = focal_gamma
+        self.roi_heads.box_pooler.canonical_box_size = canonical_box_size
         self.num_classes = self.roi_heads.num_classes
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        """Add `SSOD.FOCAL_GAMMA` to the arguments of `GeneralizedRCNN`."""
+        """Add keys of `SSOD` to the arguments of `GeneralizedRCNN`."""
         # Before Detectron2 builds them: its assertions say nothing of what is supported.
         for group, name in (
             ("PROPOSAL_GENERATOR", "IgnoringRPN"),
@@ -94,7 +99,11 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
         ):
             if cfg.MODEL[group].NAME != name:
                 raise _not_supported(f"MODEL.{group}.NAME {cfg.MODEL[group].NAME}")
-        return super().from_config(cfg) | {"focal_gamma": cfg.SSOD.FOCAL_GAMMA}
+        own = {
+            "focal_gamma": cfg.SSOD.FOCAL_GAMMA,
+            "canonical_box_size": cfg.SSOD.CANONICAL_BOX_SIZE,
+        }
+        return super().from_config(cfg) | own
 
     def preprocess(self, images: list[Tensor]) -> ImageBatch:
         """Order the channels as `INPUT.FORMAT` says, normalise and pad."""
@@ -176,13 +185,24 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
     ) -> RegionOutput:
         """Pool and score regions; see the base class."""
         heads = self.roi_heads
-        # The canonical level falls by one with each halving of a box, as do strides with the image.
-        scaled = [Boxes(b / 2**stride_shift) for b in boxes]
-        pooled = heads.box_pooler([features[name] for name in heads.box_in_features], scaled)
+        pooler, names = heads.box_pooler, heads.box_in_features
+        if stride_shift:
+            pooler = copy.deepcopy(pooler)
+            pooler.level_poolers = pooler.level_poolers[stride_shift:]
+            pooler.min_level += stride_shift
+            names = names[:-stride_shift]
+        pooled = pooler([features[name] for name in names], [Boxes(b) for b in boxes])
         embeddings = heads.box_head(pooled)
         logits, deltas = heads.box_predictor(embeddings)
         deltas = deltas.float().reshape(len(deltas), deltas.shape[1] // 4, 4)
         return RegionOutput(logits.float(), deltas, embeddings.float())
+
+    def levels(self, boxes: list[Tensor]) -> Tensor:
+        """Assign levels as the pooler does; see the base class."""
+        pooler = self.roi_heads.box_pooler
+        first, last = pooler.min_level, pooler.max_level
+        canonical = (pooler.canonical_box_size, pooler.canonical_level)
+        return first + assign_boxes_to_levels([Boxes(b) for b in boxes], first, last, *canonical)
 
     def region_losses(self, output: RegionOutput, samples: RegionSamples) -> dict[str, Tensor]:
         """Weighted version of `FastRCNNOutputLayers.losses`, which has no hook for weights."""
@@ -207,9 +227,10 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
     def new_classifier(self) -> nn.Linear:
         """Copy the classifier; the background is last already."""
         source = self.roi_heads.box_predictor.cls_score
-        copy = nn.Linear(source.in_features, source.out_features).to(source.weight)
-        copy.load_state_dict(source.state_dict())
-        return copy
+        # Without random draws: they would shift those of the training step.
+        new = skip_init(nn.Linear, source.in_features, source.out_features).to(source.weight)
+        new.load_state_dict(source.state_dict())
+        return new
 
 
 def _check_supported(model: GeneralizedRCNN) -> None:

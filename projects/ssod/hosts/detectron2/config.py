@@ -132,6 +132,7 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     ssod = scaled.SSOD
     ssod.DATA.UNLABELED_PER_BATCH = ssod.DATA.UNLABELED_PER_BATCH // reference * world_size
     ssod.BURN_IN_ITERS = round(ssod.BURN_IN_ITERS / factor)
+    ssod.LSM.RAMP_ITERS = round(ssod.LSM.RAMP_ITERS / factor)
     ssod.EMA_DECAY = ssod.EMA_DECAY**factor
     if frozen:
         scaled.freeze()

@@ -14,6 +14,7 @@ from ssod.hosts.checkpoint import load_matching, read_checkpoint
 from ssod.hosts.detectron2.weights import detector_state
 from ssod.hosts.files import replacing
 
+CANONICAL_BOX_SIZE = 224  # of Detectron2's pooler
 WEIGHTS_NAME, CONFIG_NAME = "model.pth", "config.yaml"
 
 
@@ -23,7 +24,15 @@ def export_config(cfg: CfgNode, weights: str | Path) -> CfgNode:
 
     Only what describes the detector and its input is taken over. Solver, data sets and output
     folder are those of Detectron2's defaults: the run's would need its data, or write into it.
+
+    Raises:
+        InputError: for a canonical box size that Detectron2 alone cannot be told.
     """
+    if cfg.SSOD.CANONICAL_BOX_SIZE != CANONICAL_BOX_SIZE:
+        raise InputError(
+            f"SSOD.CANONICAL_BOX_SIZE {cfg.SSOD.CANONICAL_BOX_SIZE} cannot be exported: Detectron2 "
+            f"has no key for it, and its own is {CANONICAL_BOX_SIZE}"
+        )
     plain = get_cfg()
     for group in ("MODEL", "INPUT", "TEST"):
         plain[group] = cfg[group].clone()

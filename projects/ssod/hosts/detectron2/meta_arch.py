@@ -38,7 +38,7 @@ class TeacherStudentRCNN(TeacherStudent):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Build the student of the config's keys, and read `SSOD.*`."""
         student = Detectron2RCNN(cfg)
-        arguments = arguments_from_config(cfg, student.num_classes)
+        arguments = arguments_from_config(cfg, student)
         return arguments | {"student": student, "eval_model": cfg.SSOD.EVAL_MODEL}
 
     @property
@@ -66,3 +66,8 @@ class TeacherStudentRCNN(TeacherStudent):
         """Log what Detectron2's parts count under `unsup/`, apart from the labeled images."""
         with get_event_storage().name_scope("unsup"):
             return super().unsupervised_losses(unlabeled, pseudo_labels)
+
+    def low_resolution_losses(self, *args: Any) -> dict[str, Tensor]:
+        """Log the second branch's counts under `unsup_low_res/`, apart from the main branch's."""
+        with get_event_storage().name_scope("unsup_low_res"):
+            return super().low_resolution_losses(*args)

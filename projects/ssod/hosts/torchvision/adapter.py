@@ -7,15 +7,22 @@ torchvision keeps the background in column 0; it becomes column K at this border
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.ops import batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import (
+    MultiScaleRoIAlign,
+    batched_nms,
+    clip_boxes_to_image,
+    remove_small_boxes,
+)
 from torchvision.ops.poolers import initLevelMapper
 
 from ssod.core.interfaces import Features, RegionDetector
@@ -54,12 +61,8 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         # The same module with two methods changed; building it anew would repeat ten arguments.
         self.rpn.__class__ = _IgnoringRPN
         self.rpn.ignore_weight = rpn_ignore_weight
-        pool = self.roi_heads.box_roi_pool
         # Left alone, torchvision infers the scales from the first batch, wrongly for small images.
-        pool.scales = [2.0**-level for level in POOLED_LEVELS]
-        pool.map_levels = initLevelMapper(
-            POOLED_LEVELS[0], POOLED_LEVELS[-1], pool.canonical_scale, pool.canonical_level
-        )
+        self.roi_heads.box_roi_pool = _pooler_of(self.roi_heads.box_roi_pool, POOLED_LEVELS)
         for predictor in (self.rpn.head, self.roi_heads.box_predictor):
             predictor.register_forward_hook(_outputs_to_float)
 
@@ -113,14 +116,17 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         self, features: Features, boxes: list[Tensor], stride_shift: int = 0
     ) -> RegionOutput:
         """Pool and score regions; see the base class."""
-        # The canonical level falls by one with each halving of a box, as do strides with the image.
-        scaled = [b / 2**stride_shift for b in boxes]
-        embeddings = self.roi_heads.box_head(
-            self.roi_heads.box_roi_pool(features, scaled, image_shapes=[])
-        ).float()
+        pool = self.roi_heads.box_roi_pool
+        if stride_shift:
+            pool = _pooler_of(pool, POOLED_LEVELS[stride_shift:])
+        embeddings = self.roi_heads.box_head(pool(features, boxes, image_shapes=[])).float()
         logits, deltas = self.roi_heads.box_predictor(embeddings)
         deltas = deltas.reshape(len(deltas), self.num_classes + 1, 4)
         return RegionOutput(logits.roll(-1, dims=1), deltas[:, 1:], embeddings)
+
+    def levels(self, boxes: list[Tensor]) -> Tensor:
+        """Ask the pooler's level mapper; see the base class."""
+        return self.roi_heads.box_roi_pool.map_levels(boxes) + POOLED_LEVELS[0]
 
     def region_losses(self, output: RegionOutput, samples: RegionSamples) -> dict[str, Tensor]:
         """Weighted version of `roi_heads.fastrcnn_loss`, which has no hook for weights."""
@@ -143,7 +149,8 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
     def new_classifier(self) -> nn.Linear:
         """Copy the classifier with the background moved from column 0 to the end."""
         source = self.roi_heads.box_predictor.cls_score
-        copy = nn.Linear(source.in_features, source.out_features).to(source.weight)
+        # Without random draws: they would shift those of the training step.
+        copy = skip_init(nn.Linear, source.in_features, source.out_features).to(source.weight)
         with torch.no_grad():
             copy.weight.copy_(source.weight.roll(-1, dims=0))
             copy.bias.copy_(source.bias.roll(-1, dims=0))
@@ -189,6 +196,22 @@ class _IgnoringRPN(RegionProposalNetwork):
             reduction="sum",
         )
         return loss_cls / count, loss_loc / count
+
+
+def _pooler_of(pooler: MultiScaleRoIAlign, levels: Sequence[int]) -> MultiScaleRoIAlign:
+    """A pooler of these levels, given as the finest features, of regions of any size."""
+    new = MultiScaleRoIAlign(
+        pooler.featmap_names[: len(levels)],
+        pooler.output_size,
+        pooler.sampling_ratio,
+        canonical_scale=pooler.canonical_scale,
+        canonical_level=pooler.canonical_level,
+    )
+    new.scales = [2.0**-level for level in levels]
+    new.map_levels = initLevelMapper(
+        levels[0], levels[-1], new.canonical_scale, new.canonical_level
+    )
+    return new
 
 
 def _outputs_to_float(module: nn.Module, inputs: Any, outputs: Any) -> Any:

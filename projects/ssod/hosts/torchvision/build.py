@@ -116,7 +116,10 @@ def build_detector(cfg: CfgNode) -> TorchvisionRCNN:
         rpn_batch_size_per_image=rpn.BATCH_SIZE_PER_IMAGE,
         rpn_positive_fraction=rpn.POSITIVE_FRACTION,
         box_roi_pool=MultiScaleRoIAlign(
-            ["0", "1", "2", "3"], resolution, box_head.POOLER_SAMPLING_RATIO
+            ["0", "1", "2", "3"],
+            resolution,
+            box_head.POOLER_SAMPLING_RATIO,
+            canonical_scale=cfg.SSOD.CANONICAL_BOX_SIZE,
         ),
         box_head=TwoMLPHead(channels * resolution**2, box_head.FC_DIM),
         box_predictor=FastRCNNPredictor(box_head.FC_DIM, heads.NUM_CLASSES + 1),
@@ -136,7 +139,7 @@ def build_model(cfg: CfgNode) -> TeacherStudent:
     detector = build_detector(cfg)
     if cfg.MODEL.WEIGHTS:
         load_detector_weights(detector, cfg.MODEL.WEIGHTS)
-    return TeacherStudent(detector, **arguments_from_config(cfg, detector.num_classes))
+    return TeacherStudent(detector, **arguments_from_config(cfg, detector))
 
 
 def select_device(cfg: CfgNode) -> torch.device:

@@ -188,7 +188,8 @@ class Trainer:
         self.optimizer.zero_grad()
         sum(losses.values()).backward()
         if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
-            clip_grad_norm_(model.student.parameters(), cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE)
+            parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+            clip_grad_norm_(parameters, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE)
         self.optimizer.step()
         model.after_step()
         return {name: loss.detach() for name, loss in losses.items()}
@@ -211,7 +212,7 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        if not all(bool(p.isfinite().all()) for p in self.model.student.parameters()):
+        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise InputError(self._diverged("the weights are not finite"))
         save_checkpoint(self.checkpoint, self.model, self.optimizer, self.cfg.dump())
 

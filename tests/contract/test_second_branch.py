@@ -1,0 +1,190 @@
+"""The low-resolution branch on every host's adapter."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import one_hot
+
+from ssod.core.filters import FixedThreshold
+from ssod.core.low_resolution import LowResolutionBranch
+from ssod.core.self_distillation import SelfDistillation
+from ssod.core.structures import PseudoLabels, Targets, TwoStreamBatch, Views
+from ssod.core.teacher_student import TeacherStudent
+
+NUM_CLASSES = 3
+PIM = ("loss_cls_low_res", "loss_box_reg_low_res")
+
+
+def _images(*sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes
+    ]
+
+
+def _labels(boxes, weights):
+    boxes, weights = torch.tensor(boxes).reshape(-1, 4), torch.tensor(weights)
+    classes = torch.arange(len(boxes)) % NUM_CLASSES
+    probs = one_hot(classes, NUM_CLASSES + 1).float()
+    return PseudoLabels(boxes, classes, 0.6 * weights, weights, weights, probs, weights > 0)
+
+
+LABELS = [
+    _labels([[4.0, 6.0, 60.0, 50.0], [30.0, 10.0, 160.0, 150.0]], [1.0, 0.0]),
+    _labels([[0.0, 0.0, 250.0, 240.0]], [0.0]),
+]
+NONE = [_labels([], []), _labels([], [])]
+
+
+def _random_boxes(count, generator):
+    """Boxes of 20 to 1,300 pixels, many of them far larger than the image."""
+    side = 20 * 65 ** torch.rand(count, 2, generator=generator)
+    corner = 100 * torch.rand(count, 2, generator=generator)
+    return torch.cat([corner - side / 4, corner + 3 * side / 4], 1)
+
+
+def _run(detector, branch, labels=LABELS, seed=3):
+    batch = detector.preprocess(_images((256, 320), (256, 256)))
+    features = detector.features(batch)
+    torch.manual_seed(seed)
+    main = detector.losses(features, batch, [p.to_targets() for p in labels])
+    return branch(detector, batch, features, main, labels, 0)
+
+
+def _branch(detector, **kwargs):
+    return LowResolutionBranch(detector.new_classifier(), SelfDistillation(), **kwargs)
+
+
+def test_branch_on_the_full_images_own_levels_gives_the_main_logits(case, detector, monkeypatch):
+    batch = detector.preprocess(_images((256, 320), (256, 256)))
+    features = detector.features(batch)
+    main = detector.losses(features, batch, [p.to_targets() for p in LABELS])
+    generator = torch.Generator().manual_seed(0)
+    main = replace(main, proposals=[_random_boxes(40, generator) for _ in LABELS])
+    scored = []
+    region_losses = detector.region_losses
+    monkeypatch.setattr(detector, "features", lambda small: case.shifted_pyramid(features))
+    monkeypatch.setattr(
+        detector, "region_losses", lambda *args: scored.append(args) or region_losses(*args)
+    )
+    _branch(detector)(detector, batch, features, main, LABELS, 0)
+    ((output, samples),) = scored
+    expected = detector.score_regions(features, samples.boxes).logits
+    levels = detector.levels(samples.boxes)
+    assert set(levels.tolist()) == {2, 3, 4, 5}
+    torch.testing.assert_close(output.logits[levels >= 3], expected[levels >= 3])
+    assert not torch.allclose(output.logits[levels == 2], expected[levels == 2])
+
+
+@pytest.mark.parametrize("labels", [LABELS, NONE, [LABELS[0], NONE[1]]], ids=["2+1", "0+0", "2+0"])
+@pytest.mark.parametrize("proposals", ["rpn", "main"])
+def test_losses_are_finite_and_reach_both_heads_and_the_backbone(detector, labels, proposals):
+    branch = _branch(detector, proposals=proposals)
+    losses = _run(detector, branch, labels)
+    assert losses.keys() == {*PIM, "loss_distill"}
+    assert all(loss.isfinite() and loss.requires_grad for loss in losses.values())
+    if labels is NONE:
+        assert losses["loss_box_reg_low_res"] == losses["loss_distill"] == 0
+    else:
+        assert all(loss > 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    assert branch.classifier.weight.grad.abs().sum() > 0
+    gradients = [p.grad for p in detector.parameters() if p.grad is not None]
+    assert all(g.isfinite().all() for g in gradients)
+    assert any(g.abs().sum() > 0 for g in gradients)
+
+
+def test_distillation_teaches_both_classifiers_unless_it_is_detached(case, detector):
+    for detach in (False, True):
+        branch = _branch(detector)
+        branch.distillation = SelfDistillation(detach=detach)
+        loss = _run(detector, branch)["loss_distill"]
+        aux = torch.autograd.grad(loss, branch.classifier.weight, allow_unused=True)[0]
+        main = case.classifier(detector).weight
+        assert (aux is None) == detach
+        loss = _run(detector, branch)["loss_distill"]
+        assert torch.autograd.grad(loss, main)[0].abs().sum() > 0
+
+
+def test_main_regions_have_the_labels_that_the_hosts_matcher_gives(detector):
+    """Without ground truth among the proposals, sampling all of them matches each once."""
+    generator = torch.Generator().manual_seed(1)
+    targets = [
+        Targets.from_ground_truth(_random_boxes(n, generator), torch.arange(n) % 3, NUM_CLASSES)
+        for n in (3, 0, 1)
+    ]
+    boxes = [_random_boxes(50, generator) for _ in targets]
+    boxes[0] = torch.cat([boxes[0], targets[0].boxes + 2])
+    sampled = detector.sample(boxes, targets)
+    main = type("Main", (), {"samples": sampled})
+    labelled = _branch(detector, proposals="main")._sample(detector, main, targets)
+    assert torch.equal(labelled.classes, sampled.classes)
+    foreground = sampled.classes < NUM_CLASSES
+    assert foreground.any()
+    assert torch.equal(labelled.matched[foreground], sampled.matched[foreground])
+    assert torch.equal(labelled.gt_boxes[foreground], sampled.gt_boxes[foreground])
+
+
+def _model(detector, branch, unsup_loss_weight=1.0):
+    return TeacherStudent(
+        detector,
+        FixedThreshold(0.9, 0.2),
+        burn_in_iters=0,
+        ema_decay=0.9,
+        unsup_loss_weight=unsup_loss_weight,
+        unsup_box_losses=True,
+        low_resolution=branch,
+    ).train()
+
+
+def _batch():
+    labeled, unlabeled = _images((64, 64), seed=1), _images((128, 128), seed=2)
+    boxes = torch.tensor([[4.0, 6.0, 40.0, 50.0], [30.0, 10.0, 60.0, 60.0]])
+    targets = [Targets.from_ground_truth(boxes, torch.tensor([0, 2]), NUM_CLASSES)]
+    return TwoStreamBatch(
+        Views(labeled, labeled, targets, [1]), Views(unlabeled, unlabeled, None, [2]), []
+    )
+
+
+@pytest.mark.parametrize(("rpn_losses", "passes"), [((), 2), (("loss_rpn_cls",), 3)])
+def test_rpn_runs_once_more_only_if_it_is_trained_there(case, detector, rpn_losses, passes):
+    model = _model(detector, _branch(detector, rpn_losses=rpn_losses))
+    calls = []
+    case.rpn_head(model.student).register_forward_hook(lambda *args: calls.append(1))
+    losses = model(_batch())
+    assert len(calls) == passes  # labeled images, unlabeled ones, and those at half the size
+    assert ("loss_rpn_cls_low_res_unsup" in losses) == bool(rpn_losses)
+
+
+def test_weight_zero_gives_exactly_the_gradients_of_the_mean_teacher(detector):
+    gradients = []
+    for branch in (None, _branch(detector, weight=0.0)):
+        if branch is not None:
+            branch.distillation = SelfDistillation(weight=0.0)
+        model = _model(copy.deepcopy(detector), branch)
+        torch.manual_seed(3)
+        losses = model(_batch())
+        assert model.metrics["pseudo/num_per_image"] + model.metrics["pseudo/undecided_per_image"]
+        sum(losses.values()).backward()
+        gradients.append([p.grad for p in model.student.parameters()])
+    for actual, expected in zip(gradients[1], gradients[0], strict=True):
+        if expected is not None:
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_nothing_of_the_branch_remains_at_inference(case, detector):
+    model = _model(detector, _branch(detector))
+    expected = list(case.host_model(detector).state_dict())
+    assert list(model.teacher.state_dict()) == list(model.student.state_dict()) == expected
+
+
+def test_bfloat16_losses_are_close_to_fp32(detector):
+    branch = _branch(detector, proposals="main")
+    exact = _run(detector, branch)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = _run(detector, branch)
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in rounded.values())
+    for name, loss in exact.items():  # the regions differ slightly, as the proposals do
+        torch.testing.assert_close(rounded[name], loss, rtol=0.3, atol=0.02)

@@ -18,11 +18,12 @@ from ssod.hosts.detectron2.config import check_config, get_config, scale_to_worl
 ROOT = Path(ssod.__file__).parents[2]
 FILES = {
     path.relative_to(ROOT / "configs").with_suffix("").as_posix(): path
-    for pattern in ("Base-*.yaml", "*/*.yaml")
+    for pattern in ("Base-*.yaml", "coco-*/*.yaml", "voc/*.yaml")
     for path in sorted((ROOT / "configs").glob(pattern))
 }
 RECIPES = [name for name in FILES if not Path(name).name.startswith("Base-")]
 SUPERVISED = [name for name in RECIPES if "/supervised_" in name]
+LSM = [name for name in RECIPES if "/lsm_" in name]
 ONE_GPU = "coco-standard/unbiased_teacher_R_50_FPN_1pct_1gpu"
 PERCENTS = (1, 2, 5, 10)
 
@@ -132,8 +133,12 @@ def _difference(name, other):
 
 
 def test_every_recipe_is_here():
-    supervised = {name.replace("unbiased_teacher", "supervised") for name in PUBLISHED}
-    assert set(RECIPES) == {*PUBLISHED, *supervised, ONE_GPU}
+    others = {
+        name.replace("unbiased_teacher", other)
+        for name in PUBLISHED
+        for other in ("supervised", "lsm")
+    }
+    assert set(RECIPES) == {*PUBLISHED, *others, ONE_GPU}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -186,6 +191,15 @@ def test_supervised_baseline_differs_in_the_weight_alone(name):
     assert _difference(name, recipe) == {"SSOD.UNSUP_LOSS_WEIGHT": 0.0}
 
 
+@pytest.mark.parametrize("name", LSM)
+def test_lsm_is_added_to_the_recipe_with_the_published_thresholds(name):
+    recipe = name.replace("lsm", "unbiased_teacher")
+    assert _difference(name, recipe) == {"SSOD.LSM.ENABLED": True}
+    cfg = _config(name)
+    assert (cfg.SSOD.LSM.ALPHA, cfg.SSOD.FILTER.SCORE_THRESH) == (0.5, 0.7)
+    assert cfg.SSOD.LSM.LEVELS == (2, 3, 4)
+
+
 def test_recipes_of_coco_standard_differ_in_the_percentage_alone():
     first, *others = (f"coco-standard/unbiased_teacher_R_50_FPN_{p}pct" for p in PERCENTS)
     for name, percent in zip(others, PERCENTS[1:], strict=True):
@@ -205,7 +219,9 @@ def test_one_gpu_variant_takes_the_share_of_each_gpu_in_every_pass():
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != ONE_GPU])
 def test_scaling_keeps_learning_rate_an_image_and_images_seen(name, world_size):
-    cfg = _config(name)
+    cfg = _config(name).clone()
+    cfg.SSOD.LSM.defrost()
+    cfg.SSOD.LSM.RAMP_ITERS = 1600
     scaled = scale_to_world_size(cfg, world_size)
     factor = world_size / 8
 
@@ -219,6 +235,7 @@ def test_scaling_keeps_learning_rate_an_image_and_images_seen(name, world_size):
             "burn-in": cfg.SSOD.BURN_IN_ITERS * labeled,
             "evaluation": cfg.TEST.EVAL_PERIOD * labeled,
             "checkpoint": solver.CHECKPOINT_PERIOD * labeled,
+            "ramp": cfg.SSOD.LSM.RAMP_ITERS * labeled,
             "decay": math.log(cfg.SSOD.EMA_DECAY) / labeled,
         }
 

@@ -89,7 +89,8 @@ def _torchvision(config: str, keys: list[str]) -> Host:
 
     def update() -> None:
         if clip.ENABLED:
-            clip_grad_norm_(model.student.parameters(), clip.CLIP_VALUE)
+            parameters = (p for group in trainer.optimizer.param_groups for p in group["params"])
+            clip_grad_norm_(parameters, clip.CLIP_VALUE)
         trainer.optimizer.step()
 
     return Host(

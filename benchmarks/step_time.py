@@ -6,7 +6,11 @@ of their sum, and whole steps as ratios to each other, with their quartiles. On 
 supervised step is also compared with that of Detectron2's own trainer and `GeneralizedRCNN`, with
 the same weights, images and optimizer. What that one lacks, and the ratio includes, is the EMA,
 the gradient norm, the clipping, and the guard against gradients that are not finite; only that
-one writes metrics at every step. On CUDA the memory of whole steps is printed as well.
+one writes metrics at every step. With `SSOD.LSM.ENABLED True` a semi-supervised step is also
+compared with the same one without the low-resolution branch.
+
+The memory of whole steps is the most that CUDA has allocated. On a CPU it is counted: parameters,
+gradients, the optimizer's state, and all tensors that are kept for the backward.
 
 `SOLVER.AMP.ENABLED True` measures mixed precision. A detector that knows nothing makes no
 pseudo-labels; `MODEL.WEIGHTS` names one that does. The batches of a config go through one process:
@@ -24,7 +28,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any
@@ -32,6 +36,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from hosts import Host, build_host
 from ssod.cli.common import run_command
@@ -41,6 +46,7 @@ from ssod.core.structures import TwoStreamBatch
 WARM_UP = 3  # iterations that are not counted
 DATA = "data, both streams"
 SEMI, SUPERVISED, PLAIN = "semi-supervised step", "supervised step", "plain Detectron2's step"
+NO_BRANCH = "step without the branch"
 
 
 class Stopwatch:
@@ -91,9 +97,11 @@ def run_parts(host: Host, parts: Stopwatch, batches: Iterator[TwoStreamBatch]) -
     losses = forward("student forward, labeled", model.supervised_losses, batch.labeled)
     parts("backward, labeled", backward, losses)
     pseudo = forward("teacher forward and filter", model.pseudo_labels, batch.unlabeled.weak)
-    losses = forward(
-        "student forward, unlabeled", model.unsupervised_losses, batch.unlabeled, pseudo
-    )
+    branch = partial(parts, "second branch, forward", model.low_resolution_losses)
+    with patch.object(model, "low_resolution_losses", branch):
+        losses = forward(
+            "student forward, unlabeled", model.unsupervised_losses, batch.unlabeled, pseudo
+        )
     parts("backward, unlabeled", backward, losses)
     with patch.object(optimizer, "step", partial(parts, "optimizer", optimizer.step)):
         parts(host.update_name, host.update)
@@ -107,17 +115,54 @@ def run_supervised(host: Host, batch: TwoStreamBatch) -> None:
         host.step(replace(batch, unlabeled=None))
 
 
+def run_without_branch(host: Host, batch: TwoStreamBatch) -> None:
+    """A whole step of the mean teacher."""
+    with patch.object(host.model, "low_resolution", None):
+        host.step(batch)
+
+
+def list_steps(host: Host) -> dict[str, Callable[[TwoStreamBatch], Any]]:
+    """The host's own whole steps."""
+    steps = {SEMI: host.step, SUPERVISED: partial(run_supervised, host)}
+    if host.model.low_resolution is not None:
+        steps[NO_BRANCH] = partial(run_without_branch, host)
+    return steps
+
+
 def measure_memory(host: Host, batches: Iterator[TwoStreamBatch]) -> dict[str, float]:
-    """GiB that whole steps have allocated at most, all that a run holds included; only on CUDA."""
+    """MiB that whole steps need at most, all that a run holds included."""
     peaks: dict[str, float] = defaultdict(float)
-    if host.device.type == "cuda":
-        for batch in islice(batches, WARM_UP):
-            for name, step in ((SEMI, host.step), (SUPERVISED, partial(run_supervised, host))):
-                torch.cuda.reset_peak_memory_stats(host.device)
-                step(batch)
-                peak = torch.cuda.max_memory_allocated(host.device) / 2**30
-                peaks[name] = max(peaks[name], peak)
+    measure = _allocated if host.device.type == "cuda" else _counted
+    for batch in islice(batches, WARM_UP):
+        for name, step in list_steps(host).items():
+            peaks[name] = max(peaks[name], measure(host, partial(step, batch)) / 2**20)
     return peaks
+
+
+def _allocated(host: Host, step: Callable[[], None]) -> int:
+    torch.cuda.reset_peak_memory_stats(host.device)
+    step()
+    return torch.cuda.max_memory_allocated(host.device)
+
+
+def _counted(host: Host, step: Callable[[], None]) -> int:
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    for tensor in chain(host.model.parameters(), host.model.buffers()):
+        keep(tensor)
+        if tensor.grad is not None:
+            keep(tensor.grad)
+    for state in host.optimizer.state.values():
+        for tensor in filter(torch.is_tensor, state.values()):
+            keep(tensor)
+    return sum(kept.values())
 
 
 def measure_time(
@@ -131,7 +176,7 @@ def measure_time(
         batch = run_parts(host, parts, batches)
         steps(SEMI, host.step, batch)
         counts.append(host.model.metrics["pseudo/num_per_image"].item())
-        compared = [(SUPERVISED, partial(run_supervised, host, batch))]
+        compared = [(name, partial(step, batch)) for name, step in list_steps(host).items()][1:]
         if prepare_plain:
             compared.append((PLAIN, prepare_plain(batch.labeled)))
         for name, step in compared if i % 2 else reversed(compared):  # neither is always first
@@ -149,6 +194,7 @@ def report(parts: Stopwatch, steps: Stopwatch) -> None:
     for name, label, base in (
         (SEMI, "the sum of its parts, without data", sums),
         (SEMI, f"the {SUPERVISED}", steps.counted(SUPERVISED)),
+        (SEMI, f"the {NO_BRANCH}", steps.counted(NO_BRANCH)),
         (SUPERVISED, PLAIN, steps.counted(PLAIN)),
     ):
         if base:
@@ -178,7 +224,7 @@ def main() -> None:
     report(parts, steps)
     print(f"{'pseudo-labels per image':28} {num_pseudo_labels:6.2f}")
     for name, value in peaks.items():
-        print(f"{name:28} {value:6.2f} GiB at most")
+        print(f"{name:28} {value:6.0f} MiB, {value / peaks[SEMI]:.2f} of the {SEMI}")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ssod.errors import InputError
@@ -27,3 +30,35 @@ def run_command(command: Callable[[], Any]) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def import_host(name: str) -> ModuleType:
+    """
+    Import what the commands need of a host; see `ssod.hosts.experiment`.
+
+    Raises:
+        InputError: if what the host is built on is not installed.
+    """
+    try:
+        return importlib.import_module(f"ssod.hosts.{name}.experiment")
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"SSOD.HOST {name} needs the module {error.name}: install the extra with "
+            f"`uv sync --extra {name}`"
+        ) from error
+
+
+def find_weights(host: ModuleType, weights: str) -> Path:
+    """
+    Return the checkpoint that an option means: a file, or the last one in the folder of a run.
+
+    Raises:
+        InputError: if there is none.
+    """
+    path = Path(weights)
+    found = host.last_checkpoint(path) if path.is_dir() else path
+    if not found.is_file():
+        raise InputError(
+            f"{found}: checkpoint not found; --weights takes a checkpoint or the folder of a run"
+        )
+    return found

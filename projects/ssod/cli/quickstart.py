@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
-from types import ModuleType
 
 import numpy as np
 from fvcore.common.config import CfgNode
 
+from ssod.cli.common import import_host
 from ssod.cli.shapes import add_spec_arguments, make_shapes
 from ssod.config import merge_config, read_host
 from ssod.core.structures import PseudoLabels
@@ -113,7 +112,7 @@ def run_experiment(config: str, opts: Sequence[str], output: Path, spec: ShapesS
         if key in reserved:
             raise InputError(f"{key} is the quickstart's own; use {reserved[key]} instead")
 
-    host = _import_host(read_host(config, opts))
+    host = import_host(read_host(config, opts))
 
     def configure(run: str, *extra: str | int) -> CfgNode:
         keys = files + ["SEED", spec.seed, "OUTPUT_DIR", output / run, *opts, *extra]
@@ -153,17 +152,6 @@ def run_experiment(config: str, opts: Sequence[str], output: Path, spec: ShapesS
     predictions = host.predictions_file(output / "semi_supervised", "teacher")
     _draw(output, configs["semi_supervised"], finished, predictions, logs, rows)
     return rows
-
-
-def _import_host(name: str) -> ModuleType:
-    """Import the host's part of the experiment; see `ssod.hosts.experiment`."""
-    try:
-        return importlib.import_module(f"ssod.hosts.{name}.experiment")
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"SSOD.HOST {name} needs the module {error.name}: install the extra with "
-            f"`uv sync --extra {name}`"
-        ) from error
 
 
 def _check_spec(output: Path, spec: ShapesSpec) -> None:

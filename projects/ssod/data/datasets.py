@@ -20,11 +20,13 @@ __all__ = [
     "check_disjoint",
     "read_coco",
     "read_image_folder",
+    "read_images",
 ]
 
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+_KNOWN = ", ".join(sorted(_SUFFIXES))
 
 
 def read_image_folder(
@@ -46,11 +48,50 @@ def read_image_folder(
     Raises:
         InputError: if the folder is missing or has no readable image.
     """
-    root = os.path.abspath(path)
-    if not os.path.isdir(root):
+    if not os.path.isdir(path):
         raise InputError(f"{path}: image folder not found")
+    dataset, failures = read_images([path], class_names, category_ids)
+    if failures:
+        logger.warning("Left out %d unreadable images, the first: %s", len(failures), failures[0])
+    return dataset
+
+
+def read_images(
+    paths: Sequence[str | Path], class_names: Sequence[str], category_ids: Sequence[int]
+) -> tuple[DetectionDataset, list[InputError]]:
+    """
+    Make a set without boxes of image files and of all images below folders.
+
+    Paths keep their order; what is in a folder is found as by `read_image_folder`, and a file that
+    is named twice is read once. The id of an image is its path, with forward slashes, relative to
+    the deepest folder that all of them are in.
+
+    Args:
+        paths: at least one.
+        class_names: K names.
+        category_ids: K ids.
+
+    Returns:
+        The set, and an error for each file whose header cannot be read, which is left out.
+
+    Raises:
+        InputError: for a path that is neither, and if no image is readable.
+    """
+    folders, files = [], []
+    for path in paths:
+        full = os.path.abspath(path)
+        if os.path.isdir(full):
+            folders.append(full)
+            files += sorted(_find_images(full))
+        elif os.path.isfile(full) and _has_image_suffix(full):
+            folders.append(os.path.dirname(full))
+            files.append(full)
+        else:
+            problem = "it is another file" if os.path.isfile(full) else "there is none"
+            raise InputError(f"{path}: expected a folder or an image ({_KNOWN}), but {problem}")
+    root = os.path.commonpath(folders)
     records, failures = [], []
-    for file_name in sorted(_find_images(root)):
+    for file_name in dict.fromkeys(files):
         try:
             height, width = read_image_size(file_name)
         except InputError as error:
@@ -61,19 +102,20 @@ def read_image_folder(
         records.append(ImageRecord(image_id, file_name, height, width, no_boxes, no_classes))
     if not records:
         found = f"none of its {len(failures)} images is readable" if failures else "it has none"
-        raise InputError(
-            f"{path}: expected a folder with images ({', '.join(sorted(_SUFFIXES))}), but {found}"
-        )
-    if failures:
-        logger.warning("Left out %d unreadable images, the first: %s", len(failures), failures[0])
-    return DetectionDataset(records, class_names, category_ids)
+        where = paths[0] if len(paths) == 1 else root
+        raise InputError(f"{where}: expected a folder with images ({_KNOWN}), but {found}")
+    return DetectionDataset(records, class_names, category_ids), failures
+
+
+def _has_image_suffix(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in _SUFFIXES
 
 
 def _find_images(root: str) -> Iterator[str]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in _SUFFIXES:
+            if not name.startswith(".") and _has_image_suffix(name):
                 yield os.path.join(folder, name)
 
 

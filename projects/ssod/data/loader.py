@@ -111,6 +111,32 @@ def build_test_loader(
     )
 
 
+def first_samples(loader: DataLoader, count: int) -> tuple[list[TrainingSample], ...]:
+    """
+    Return the first samples that a training will draw, one at a time and without workers.
+
+    Args:
+        loader: of `build_two_stream_loader`. If its unlabeled set has boxes, the samples have them,
+            in pixels of their views; batches never do.
+        count: samples of each stream.
+
+    Returns:
+        At most `count` labeled and unlabeled samples; none of a stream that the first iteration of
+        the loader does not use.
+
+    Raises:
+        InputError: as the loader.
+    """
+    found: tuple[list[TrainingSample], ...] = ([], [])
+    for keys in loader.batch_sampler:
+        for key in keys:
+            if len(found[key.stream]) < count:
+                found[key.stream].append(loader.dataset.samples[key])
+        if all(len(found[key.stream]) == count for key in keys):
+            break
+    return found
+
+
 class FailedImages:
     """
     Counts the image files that could not be decoded in a training, on one rank.
@@ -199,15 +225,15 @@ class _BatchDataset(Dataset):
     """
 
     def __init__(self, dataset: Dataset, collate: Callable[[list], Any]):
-        self._dataset = dataset
+        self.samples = dataset
         self._collate = collate
 
     def __len__(self) -> int:
-        return len(self._dataset)
+        return len(self.samples)
 
     def __getitems__(self, keys: Sequence[Any]) -> Any:
         try:
-            return self._collate([self._dataset[key] for key in keys])
+            return self._collate([self.samples[key] for key in keys])
         except InputError as error:
             return error
 

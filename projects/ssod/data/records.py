@@ -76,6 +76,12 @@ class DetectionDataset:
         """K."""
         return len(self.class_names)
 
+    @property
+    def categories(self) -> list[dict[str, int | str]]:
+        """The classes as COCO's `categories`, in their order."""
+        pairs = zip(self.category_ids, self.class_names, strict=True)
+        return [{"id": int(number), "name": str(name)} for number, name in pairs]
+
     def __len__(self) -> int:
         return len(self.image_ids)
 

@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from tabulate import tabulate
 
-# Okabe and Ito's palette, made for color-blind readers; without black, which dark images swallow.
-PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+from ssod.evaluation.drawing import PALETTE, class_color, text_color
 
 _WIDTH, _DPI = 16.0, 100  # inches, so 1600 pixels
 _COLUMNS = 6  # images side by side
@@ -146,10 +144,6 @@ def _cells(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[li
     return [[text(row.get(column)) for column in columns] for row in rows]
 
 
-def _class_color(label: int) -> str:
-    return PALETTE[int(label) % len(PALETTE)]
-
-
 def _draw_header(
     part: SubFigure,
     title: str,
@@ -178,7 +172,7 @@ def _draw_header(
             )
     # More names than these are no legend any more; the boxes carry them anyway.
     handles: list[Any] = [
-        Patch(color=_class_color(label), label=name) for label, name in enumerate(class_names[:12])
+        Patch(color=class_color(label), label=name) for label, name in enumerate(class_names[:12])
     ]
     handles.append(Line2D([], [], color=_GRAY, linewidth=2, label="predicted"))
     handles.append(Line2D([], [], color=_GRAY, linestyle="--", label="truth (white)"))
@@ -234,10 +228,8 @@ def _draw_boxes(
 ) -> None:
     for index, (x0, y0, x1, y1) in enumerate(np.asarray(boxes).tolist()):
         label = int(classes[index])
-        color = _class_color(label)
+        color = class_color(label)
         ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=color, lw=2))
-        red, green, blue = to_rgb(color)
-        bright = 0.3 * red + 0.59 * green + 0.11 * blue > 0.5
         width = ax.get_xlim()[1]
         at_right = x0 > 0.6 * width  # the text grows to the left there
         ax.text(
@@ -245,7 +237,7 @@ def _draw_boxes(
             max(y0, 0),
             class_names[label] if scores is None else f"{class_names[label]} {scores[index]:.2f}",
             ha="right" if at_right else "left",
-            color="black" if bright else "white",
+            color=text_color(color),
             fontsize=8,
             va="top",
             bbox={"facecolor": color, "edgecolor": "none", "pad": 1.0},

@@ -89,6 +89,21 @@ def load_teacher_student(model: TeacherStudent, state: dict[str, Any], path: str
     load_matching(model, state, path)
 
 
+def load_run(model: TeacherStudent, path: str | Path) -> dict[str, Any]:
+    """
+    Load what a run has trained, to use it; returns the whole checkpoint.
+
+    Raises:
+        InputError: if the file is not a checkpoint of a run, and as `load_matching`.
+    """
+    state = read_checkpoint(path)
+    weights = state.get("model")
+    if not isinstance(weights, dict) or "_extra_state" not in weights:
+        raise InputError(f"{path}: expected a checkpoint of a run, which has student and teacher")
+    load_teacher_student(model, weights, path)
+    return state
+
+
 def with_counters(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Add or drop the batch counters of BN, which frozen norms do not have and nothing needs."""
     suffix = "num_batches_tracked"

@@ -1,9 +1,10 @@
 """
-What `ssod quickstart` needs of a host, which offers it in its module `experiment`.
+What the commands need of a host, which offers it in its module `experiment`.
 
 The functions there: `get_config()`, `train(cfg, title) -> FinishedRun`, `branch(source, target)`
-to start a run from the end of another, `read_log(cfg)` with the torchvision host's names, and
-`predictions_file(run, model)`.
+to start a run from the end of another, `read_log(cfg)` with the torchvision host's names,
+`predictions_file(run, model)`, `last_checkpoint(run)`, `build(cfg) -> TeacherStudent` on its device
+with initial weights, and `load_run_data(cfg) -> RunData`.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def saved(model, tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.randn(4, 3)).sum().backward()
     optimizer.step()
-    save_checkpoint(tmp_path / "checkpoint.pth", model, optimizer, "SEED: 3")
+    save_checkpoint(tmp_path / "checkpoint.pth", model, optimizer, "SEED: 3", [])
     return tmp_path / "checkpoint.pth"
 
 
@@ -53,7 +53,9 @@ def test_what_was_saved_is_read(model, saved):
 def test_a_failure_while_saving_leaves_the_old_file(model, saved):
     before = saved.read_bytes()
     with pytest.raises((pickle.PicklingError, AttributeError)):
-        save_checkpoint(saved, model, torch.optim.SGD(model.parameters()), config=lambda: None)
+        save_checkpoint(
+            saved, model, torch.optim.SGD(model.parameters()), config=lambda: None, categories=[]
+        )
     assert saved.read_bytes() == before
 
 
@@ -170,7 +172,7 @@ def test_weights_of_a_run_in_its_burn_in_are_those_of_its_student(shapes, tmp_pa
     model = build_model(tiny_config(shapes, tmp_path))
     with torch.no_grad():
         model.student.rpn.head.cls_logits.bias.add_(1)
-    save_checkpoint(tmp_path / "burn_in.pth", model, torch.optim.SGD(model.parameters()), "")
+    save_checkpoint(tmp_path / "burn_in.pth", model, torch.optim.SGD(model.parameters()), "", [])
     detector = build_model(tiny_config(shapes, tmp_path, "SEED", 1)).student
     load_detector_weights(detector, tmp_path / "burn_in.pth")
     (tmp_path / "burn_in.pth").unlink()

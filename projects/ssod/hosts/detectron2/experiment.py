@@ -1,4 +1,4 @@
-"""The Detectron2 host's part of `ssod quickstart`; see `ssod.hosts.experiment`."""
+"""The Detectron2 host's part of the commands; see `ssod.hosts.experiment`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,26 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.evaluation.testing import flatten_results_dict
+from detectron2.modeling import build_model
 from tqdm import tqdm
 
-from ssod.hosts.detectron2.config import get_config
-from ssod.hosts.detectron2.run import Run, find_checkpoint
+from ssod.hosts.detectron2.config import check_config, get_config
+from ssod.hosts.detectron2.data import load_run_data
+from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
+from ssod.hosts.detectron2.run import Run, build_checked, find_checkpoint
 from ssod.hosts.experiment import CONFIG_NAME, FinishedRun, check_same_config, copy_file
 from ssod.hosts.metric_log import LOG_NAME, read_metrics
 
-__all__ = ["branch", "get_config", "predictions_file", "read_log", "train"]
+__all__ = [
+    "branch",
+    "build",
+    "get_config",
+    "last_checkpoint",
+    "load_run_data",
+    "predictions_file",
+    "read_log",
+    "train",
+]
 
 _NAMES = {"APs": "AP_S", "APm": "AP_M", "APl": "AP_L", "time": "time/step"}
 
@@ -61,6 +73,17 @@ def read_log(cfg: CfgNode) -> list[dict[str, float]]:
 def predictions_file(run: Path, model: str) -> Path:
     """Return the COCO results of the student or the teacher of a run."""
     return run / "inference" / model / "coco_instances_results.json"
+
+
+def last_checkpoint(run: Path) -> Path:
+    """Return where the last checkpoint of a run is, if it has any."""
+    return Path(find_checkpoint(str(run)) or run / "model_final.pth")
+
+
+def build(cfg: CfgNode) -> TeacherStudentRCNN:
+    """Build student and teacher on the config's device."""
+    check_config(cfg)
+    return build_checked(build_model, cfg)
 
 
 def _rename(metrics: dict[str, float]) -> dict[str, float]:

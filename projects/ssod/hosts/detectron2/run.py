@@ -54,12 +54,12 @@ class Checkpointer(DetectionCheckpointer):
     Replaces a file only once the new one is complete; the best one is not the one to resume.
 
     Args:
-        config: the run's as YAML, saved with the states.
+        constants: saved with the states: the run's config as YAML and its categories.
     """
 
-    def __init__(self, *args: Any, config: str = "", **kwargs: Any):
+    def __init__(self, *args: Any, constants: dict[str, Any] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._config = config
+        self._constants = constants or {}
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write `name`.pth with the model, what else there is to checkpoint, and `kwargs`."""
@@ -67,7 +67,7 @@ class Checkpointer(DetectionCheckpointer):
             return
         states = {key: item.state_dict() for key, item in self.checkpointables.items()}
         path = Path(self.save_dir) / f"{name}.pth"
-        content = {"model": self.model.state_dict(), "config": self._config} | states | kwargs
+        content = {"model": self.model.state_dict()} | self._constants | states | kwargs
         with replacing(path) as partial:
             torch.save(content, partial)
         if name != BEST_CHECKPOINT:
@@ -98,7 +98,7 @@ def _check_same_world(cfg: CfgNode, saved: str, checkpoint: str) -> None:
         )
 
 
-def _build(function: Callable[..., Any], cfg: CfgNode, *args: Any) -> Any:
+def build_checked(function: Callable[..., Any], cfg: CfgNode, *args: Any) -> Any:
     """Turn what Detectron2 says of a config that does not fit into one line."""
     try:
         return function(cfg, *args)
@@ -167,7 +167,7 @@ class Run:
         self.output = Path(cfg.OUTPUT_DIR)
         self.data: RunData | None = load_run_data(cfg) if for_training else None
         torch.manual_seed(cfg.SEED)
-        self.model: TeacherStudentRCNN = _synchronize_norms(_build(build_model, cfg))
+        self.model: TeacherStudentRCNN = _synchronize_norms(build_checked(build_model, cfg))
         self.device = self.model.device
         self._results: dict[str, Any] = {}
         self._state: dict[str, Any] = {}
@@ -276,8 +276,9 @@ class Run:
         """Detectron2's hooks, in its order: save, then evaluate, then write."""
         cfg = self.cfg
         names = test_dataset_names(cfg)
-        checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, trainer=trainer, config=cfg.dump())
-        scheduler = _build(build_lr_scheduler, cfg, trainer.optimizer)
+        saved = {"config": cfg.dump(), "categories": self.data.labeled.categories}
+        checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, trainer=trainer, constants=saved)
+        scheduler = build_checked(build_lr_scheduler, cfg, trainer.optimizer)
         # A function of the iteration alone, so the config's may be changed during a run.
         scheduler.last_epoch = self.model.iteration
         for group, lr in zip(trainer.optimizer.param_groups, scheduler.get_lr(), strict=True):
@@ -287,8 +288,7 @@ class Run:
         )
         found = [sweep, hooks.IterationTimer(), hooks.LRScheduler(scheduler=scheduler)]
         if comm.is_main_process():
-            keep = cfg.SSOD.CHECKPOINTS_TO_KEEP
-            period = cfg.SOLVER.CHECKPOINT_PERIOD
+            period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SSOD.CHECKPOINTS_TO_KEEP
             found.append(PeriodicCheckpointer(checkpointer, period, max_to_keep=keep))
         if names:
             found.append(EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate))

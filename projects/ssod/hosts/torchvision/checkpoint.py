@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,11 @@ CHECKPOINT_NAME = "checkpoint.pth"
 
 
 def save_checkpoint(
-    path: str | Path, model: TeacherStudent, optimizer: torch.optim.Optimizer, config: str
+    path: str | Path,
+    model: TeacherStudent,
+    optimizer: torch.optim.Optimizer,
+    config: str,
+    categories: list[dict[str, Any]],
 ) -> None:
     """
     Write a run's state, replacing an older file only once the new one is complete.
@@ -29,12 +34,14 @@ def save_checkpoint(
         model: student, teacher, filter and iteration.
         optimizer: its state and its name go with the model's.
         config: the resolved config as YAML, for people and for later loading.
+        categories: of the labeled set, so that predictions have names.
     """
     state = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "optimizer_name": type(optimizer).__name__,
         "config": config,
+        "categories": categories,
     }
     with replacing(Path(path)) as partial:
         torch.save(state, partial)

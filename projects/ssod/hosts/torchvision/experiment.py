@@ -1,4 +1,4 @@
-"""The torchvision host's part of `ssod quickstart`; see `ssod.hosts.experiment`."""
+"""The torchvision host's part of the commands; see `ssod.hosts.experiment`."""
 
 from __future__ import annotations
 
@@ -6,13 +6,25 @@ from pathlib import Path
 
 from fvcore.common.config import CfgNode
 
+from ssod.core.teacher_student import TeacherStudent
+from ssod.data.build import load_run_data
 from ssod.hosts.experiment import FinishedRun, check_same_config, copy_file
 from ssod.hosts.metric_log import LOG_NAME, read_metrics
+from ssod.hosts.torchvision.build import build_model, select_device
 from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
 from ssod.hosts.torchvision.config import get_config
 from ssod.hosts.torchvision.loop import Trainer
 
-__all__ = ["branch", "get_config", "predictions_file", "read_log", "train"]
+__all__ = [
+    "branch",
+    "build",
+    "get_config",
+    "last_checkpoint",
+    "load_run_data",
+    "predictions_file",
+    "read_log",
+    "train",
+]
 
 
 def train(cfg: CfgNode, title: str) -> FinishedRun:
@@ -38,3 +50,14 @@ def read_log(cfg: CfgNode) -> list[dict[str, float]]:
 def predictions_file(run: Path, model: str) -> Path:
     """Return the COCO results of the student or the teacher of a run."""
     return run / "inference" / f"coco_instances_results_{model}.json"
+
+
+def last_checkpoint(run: Path) -> Path:
+    """Return where the last checkpoint of a run is, if it has any."""
+    return run / CHECKPOINT_NAME
+
+
+def build(cfg: CfgNode) -> TeacherStudent:
+    """Build student and teacher on the config's device."""
+    device = select_device(cfg)
+    return build_model(cfg).to(device)

@@ -214,7 +214,9 @@ class Trainer:
     def _save(self) -> None:
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise InputError(self._diverged("the weights are not finite"))
-        save_checkpoint(self.checkpoint, self.model, self.optimizer, self.cfg.dump())
+        categories = self.data.labeled.categories
+        config = self.cfg.dump()
+        save_checkpoint(self.checkpoint, self.model, self.optimizer, config, categories)
 
     def evaluate(self) -> dict[str, float]:
         """

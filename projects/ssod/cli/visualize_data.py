@@ -1,0 +1,232 @@
+"""`ssod visualize-data`: what a training sees, and what its teacher says of it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from fvcore.common.config import CfgNode
+from PIL import Image
+
+from ssod.cli.common import find_weights, import_host
+from ssod.config import merge_config, read_host
+from ssod.core.structures import PseudoLabels
+from ssod.core.teacher_student import TeacherStudent
+from ssod.data.build import RunData, build_train_loader
+from ssod.data.datasets import DetectionDataset, ImageRecord
+from ssod.data.loader import first_samples
+from ssod.data.samples import TrainingSample
+from ssod.errors import InputError
+from ssod.evaluation.drawing import draw_boxes, draw_sheet
+from ssod.evaluation.report import format_table
+from ssod.hosts.checkpoint import load_run
+from ssod.hosts.files import replacing
+from ssod.hosts.inference import IMAGES_PER_BATCH
+from ssod.hosts.sweep import tell_labels
+
+logger = logging.getLogger(__name__)
+
+_SIDE = 480  # longer side of a drawn view, in pixels
+_COLUMNS = 4  # two pairs of views
+_LEGEND = "solid: learned pseudo-box, with its score, and its weight w if not 1; dashed: undecided"
+_Cells = list[tuple[Image.Image, str]]
+
+
+def add_parser(commands: argparse._SubParsersAction) -> None:
+    """Add the command to the `ssod` program."""
+    parser = commands.add_parser(
+        "visualize-data",
+        help="draw weak and strong views of a config, and the teacher's pseudo-boxes",
+        description="Draw the first images that a training with this config sees after the "
+        "burn-in, in their weak and strong views: DIR/labeled.png with their boxes, "
+        "DIR/unlabeled.png with the pseudo-boxes of a checkpoint and, where the config names "
+        "hidden truth, the true boxes in thin green. Pictures of an earlier call are replaced.",
+    )
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    parser.add_argument(
+        "--weights",
+        metavar="W",
+        help="checkpoint or folder of a run: draw what its teacher and filter make of the images",
+    )
+    parser.add_argument(
+        "--num-images", type=int, default=8, metavar="N", help="of each kind (default: 8)"
+    )
+    parser.add_argument(
+        "--output", metavar="DIR", help="folder to write into (default: OUTPUT_DIR/views)"
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
+    )
+    parser.set_defaults(command=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw, and print what was drawn."""
+    if args.num_images < 1:
+        raise InputError(f"--num-images must be at least 1, got {args.num_images}")
+    host = import_host(read_host(args.config_file, args.opts))
+    cfg = merge_config(host.get_config(), args.config_file, args.opts)
+    data = host.load_run_data(cfg)
+    if data.unlabeled is not None and data.hidden_truth is not None:
+        data = replace(data, unlabeled=_with_boxes(data.unlabeled, data.hidden_truth))
+    burn_in_iters = cfg.SSOD.BURN_IN_ITERS
+    start_iter = burn_in_iters if burn_in_iters < cfg.SOLVER.MAX_ITER else 0
+    samples = first_samples(build_train_loader(cfg, data, start_iter), args.num_images)
+    for file_name in (name for stream in samples for s in stream for name in s.failed):
+        logger.warning("%s cannot be decoded; another image replaces it", file_name)
+    labeled, unlabeled = samples
+    found: list[PseudoLabels] | None = None
+    if args.weights and unlabeled:
+        found = _pseudo_labels(_load(host, cfg, data, args.weights), unlabeled)
+    elif args.weights:
+        logger.warning("--weights is not used: this config trains on labeled images alone")
+    output = Path(args.output or Path(cfg.OUTPUT_DIR, "views"))
+    names, what = data.labeled.class_names, f"{args.config_file}, from iteration {start_iter} on"
+    _write(output / "labeled.png", f"labeled images of {what}", _labeled_cells(labeled, names, cfg))
+    _report(output / "labeled.png", [_count(sample) for sample in labeled])
+    if not unlabeled:
+        print("no unlabeled images: this config trains on labeled images alone")
+        return
+    has_truth = data.hidden_truth is not None
+    legend = f"unlabeled images of {what}" + (f"\n{_LEGEND}" if found else "")
+    legend += "; thin green: hidden truth" if has_truth else ""
+    _write(output / "unlabeled.png", legend, _unlabeled_cells(unlabeled, found, names, has_truth))
+    _report(output / "unlabeled.png", _unlabeled_counts(unlabeled, found, has_truth))
+
+
+def _with_boxes(dataset: DetectionDataset, truth: DetectionDataset) -> DetectionDataset:
+    """Give the images of a set the boxes that they have in another, by their files."""
+    rows = {file_name: index for index, file_name in enumerate(truth.file_names)}
+
+    def with_boxes(record: ImageRecord) -> ImageRecord:
+        if record.file_name not in rows:
+            return record
+        other = truth[rows[record.file_name]]
+        return replace(record, boxes=other.boxes, classes=other.classes)
+
+    records = (with_boxes(dataset[index]) for index in range(len(dataset)))
+    return DetectionDataset(records, dataset.class_names, dataset.category_ids)
+
+
+def _load(host: ModuleType, cfg: CfgNode, data: RunData, weights: str) -> TeacherStudent:
+    checkpoint = find_weights(host, weights)
+    cfg = cfg.clone()
+    cfg.MODEL.WEIGHTS = ""  # all of them are the run's
+    model = host.build(cfg)
+    load_run(model, checkpoint)
+    if not model.teacher_started:
+        raise InputError(
+            f"{checkpoint}: its teacher had not started at iteration {model.iteration}, so there "
+            "are no pseudo-boxes; name a checkpoint from after the burn-in, or leave --weights out"
+        )
+    tell_labels(model, data)
+    return model.eval()
+
+
+def _pseudo_labels(
+    model: TeacherStudent, samples: list[TrainingSample]
+) -> list[PseudoLabels] | None:
+    """Label weak views in eval mode, which leaves the filter alone; None if it is not ready."""
+    if not model.pseudo_label_filter.is_ready:
+        logger.warning(
+            "%s has no thresholds yet at iteration %d, so no pseudo-boxes are drawn",
+            type(model.pseudo_label_filter).__name__,
+            model.iteration,
+        )
+        return None
+    device = next(model.parameters()).device
+    found: list[PseudoLabels] = []
+    for start in range(0, len(samples), IMAGES_PER_BATCH):
+        views = [sample.weak.to(device) for sample in samples[start : start + IMAGES_PER_BATCH]]
+        found += [labels.to("cpu") for labels in model.pseudo_labels(views)]
+    return found
+
+
+def _draw_views(sample: TrainingSample, **boxes: Any) -> Iterator[Image.Image]:
+    """Draw the same boxes on the weak and the strong view."""
+    for view in (sample.weak, sample.strong):
+        image = view.permute(1, 2, 0).numpy()
+        yield draw_boxes(image, scale=_SIDE / max(image.shape), **boxes)
+
+
+def _labeled_cells(samples: list[TrainingSample], names: Sequence[str], cfg: CfgNode) -> _Cells:
+    learned = cfg.SSOD.LABELED_VIEWS
+    cells: _Cells = []
+    for sample in samples:
+        texts = [names[label] for label in sample.classes.tolist()]
+        boxes = {"boxes": sample.boxes.numpy(), "classes": sample.classes.numpy(), "texts": texts}
+        for view, picture in zip(("weak", "strong"), _draw_views(sample, **boxes), strict=True):
+            is_learned = learned in ("both", view)
+            if is_learned or view == "weak":  # where only weak ones are learned, no other is made
+                note = "" if is_learned else ", not learned"
+                cells.append((picture, f"{sample.image_id}: {view} view{note}"))
+    return cells
+
+
+def _unlabeled_cells(
+    samples: list[TrainingSample],
+    found: list[PseudoLabels] | None,
+    names: Sequence[str],
+    has_truth: bool,
+) -> _Cells:
+    cells: _Cells = []
+    for index, sample in enumerate(samples):
+        boxes: dict[str, Any] = {"boxes": np.empty((0, 4)), "classes": (), "texts": ()}
+        if found is not None:
+            labels = found[index]
+            columns = (labels.classes, labels.scores, labels.weights)
+            rows = zip(*(column.tolist() for column in columns), strict=True)
+            boxes = {
+                "boxes": labels.boxes.numpy(),
+                "classes": labels.classes.numpy(),
+                "texts": [_text(names[c], score, weight) for c, score, weight in rows],
+                "dashed": ~labels.reliable.numpy(),
+            }
+        if has_truth:
+            boxes["true_boxes"] = sample.boxes.numpy()
+        weak, strong = _draw_views(sample, **boxes)
+        cells.append((weak, f"{sample.image_id}: weak view, for the teacher"))
+        cells.append((strong, f"{sample.image_id}: strong view, for the student"))
+    return cells
+
+
+def _text(name: str, score: float, weight: float) -> str:
+    return f"{name} {score:.2f}" + (f" w {weight:.2f}" if 0 < weight < 1 else "")
+
+
+def _count(sample: TrainingSample) -> dict[str, Any]:
+    return {"image": sample.image_id, "boxes": len(sample.boxes)}
+
+
+def _unlabeled_counts(
+    samples: list[TrainingSample], found: list[PseudoLabels] | None, has_truth: bool
+) -> list[dict[str, Any]]:
+    rows = []
+    for index, sample in enumerate(samples):
+        row: dict[str, Any] = {"image": sample.image_id}
+        if found is not None:
+            row["learned"] = int(found[index].reliable.sum())
+            row["undecided"] = len(found[index]) - row["learned"]
+        if has_truth:
+            row["true boxes"] = len(sample.boxes)
+        rows.append(row)
+    return rows
+
+
+def _write(path: Path, heading: str, cells: _Cells) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            draw_sheet(heading, cells, _COLUMNS).save(partial, "PNG")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error}); choose another --output") from error
+
+
+def _report(path: Path, rows: list[dict[str, Any]]) -> None:
+    print(f"{path}\n{format_table(rows, list(rows[0]))}\n")

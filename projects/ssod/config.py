@@ -84,10 +84,12 @@ def add_ssod_config(cfg: CfgNode) -> None:
 
     ssod.DATA = type(cfg)()
     data = ssod.DATA
-    # COCO JSON of the labeled images and the folder its file names are relative to.
+    # COCO JSON of the labeled images and the folder its file names are relative to. Or Pascal VOC
+    # files: a folder of XML, or a list in ImageSets/Main, and the folder with the images.
     data.LABELED_JSON = ""
+    data.LABELED_VOC = ""
     data.LABELED_IMAGES = ""
-    # Percent of the labeled JSON to keep labels of, in (0, 100); the rest joins the unlabeled
+    # Percent of the labeled images to keep labels of, in (0, 100); the rest joins the unlabeled
     # images. 0: no split, all of it is labeled.
     data.PERCENT = 0.0
     # Seed of that split.
@@ -98,8 +100,10 @@ def add_ssod_config(cfg: CfgNode) -> None:
     # COCO JSON with the true boxes of unlabeled images, never trained on: pseudo-labels are
     # measured against it. With PERCENT the split's own. "": not measured.
     data.UNLABELED_TRUTH_JSON = ""
-    # COCO JSON and folder of the images that AP is measured on. "": no evaluation.
+    # COCO JSON, or Pascal VOC as above, and folder of the images that AP is measured on. "": no
+    # evaluation.
     data.VAL_JSON = ""
+    data.VAL_VOC = ""
     data.VAL_IMAGES = ""
     # Unlabeled images per iteration over all processes; SOLVER.IMS_PER_BATCH counts labeled ones.
     data.UNLABELED_PER_BATCH = 32

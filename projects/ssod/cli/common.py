@@ -8,28 +8,26 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from ssod.errors import InputError
 
 
-def run_command(command: Callable[[], Any]) -> int:
+def run_command(command: Callable[[], int | None]) -> int:
     """
     Run a command as a program: messages on stderr, bad input as one line.
 
     Returns:
-        Exit status: 0, 2 for an `InputError`, 130 if interrupted.
+        Exit status: what the command returns or 0, 2 for an `InputError`, 130 if interrupted.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        command()
+        return command() or 0
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return 0
 
 
 def import_host(name: str) -> ModuleType:

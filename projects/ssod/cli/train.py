@@ -82,7 +82,7 @@ def train_torchvision(args: argparse.Namespace) -> None:
             "evaluate the latter, or choose another OUTPUT_DIR"
         )
     if args.eval_only and trainer.data.val is None:
-        raise InputError("--eval-only needs a validation set; set SSOD.DATA.VAL_JSON")
+        raise InputError("--eval-only needs a validation set; set SSOD.DATA.VAL_JSON or VAL_VOC")
     results = trainer.evaluate() if args.eval_only else trainer.train()
     if results:
         print(format_results(results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fvcore.common.config import CfgNode
@@ -13,8 +14,10 @@ from ssod.data.datasets import (
     check_disjoint,
     read_coco,
     read_image_folder,
+    read_voc,
 )
 from ssod.data.loader import build_two_stream_loader
+from ssod.data.reading import OnProblem, stop
 from ssod.data.splits import make_split
 from ssod.errors import InputError
 
@@ -40,14 +43,77 @@ class RunData:
     hidden_truth: DetectionDataset | None
 
 
-def read_unlabeled(cfg: CfgNode, labeled: DetectionDataset) -> DetectionDataset | None:
+def read_unlabeled(
+    cfg: CfgNode, labeled: DetectionDataset, on_problem: OnProblem = stop
+) -> DetectionDataset | None:
     """Read the unlabeled files of `SSOD.DATA`, None if it names none."""
     data = cfg.SSOD.DATA
     if data.UNLABELED_JSON:
-        return read_coco(data.UNLABELED_JSON, data.UNLABELED_IMAGES, require_annotations=False)
+        return read_coco(
+            data.UNLABELED_JSON,
+            data.UNLABELED_IMAGES,
+            require_annotations=False,
+            on_problem=on_problem,
+        )
     if data.UNLABELED_IMAGES:
-        return read_image_folder(data.UNLABELED_IMAGES, labeled.class_names, labeled.category_ids)
+        classes = (labeled.class_names, labeled.category_ids)
+        return read_image_folder(data.UNLABELED_IMAGES, *classes, on_problem)
     return None
+
+
+def read_labeled(cfg: CfgNode, on_problem: OnProblem = stop) -> DetectionDataset:
+    """
+    Read the labeled files of `SSOD.DATA`.
+
+    Raises:
+        InputError: if none or two are named, and as `read_coco` and `read_voc`.
+    """
+    data = cfg.SSOD.DATA
+    _check_one_of("LABELED", data.LABELED_JSON, data.LABELED_VOC)
+    options = {"skip_invalid_boxes": data.SKIP_INVALID_BOXES, "on_problem": on_problem}
+    if data.LABELED_VOC:
+        return read_voc(data.LABELED_VOC, data.LABELED_IMAGES, **options)
+    if not data.LABELED_JSON:
+        raise InputError(
+            "SSOD.DATA.LABELED_JSON is empty; name a COCO JSON of labeled images, or Pascal VOC "
+            "files in SSOD.DATA.LABELED_VOC"
+        )
+    return read_coco(data.LABELED_JSON, data.LABELED_IMAGES, **options)
+
+
+def read_val(
+    cfg: CfgNode, labeled: DetectionDataset, on_problem: OnProblem = stop
+) -> DetectionDataset | None:
+    """Read the validation files of `SSOD.DATA`, None if it names none; boxes without area go."""
+    data = cfg.SSOD.DATA
+    _check_one_of("VAL", data.VAL_JSON, data.VAL_VOC)
+    options = {"skip_invalid_boxes": True, "on_problem": on_problem}
+    if data.VAL_VOC:
+        return read_voc(data.VAL_VOC, data.VAL_IMAGES, like=labeled, **options)
+    return read_coco(data.VAL_JSON, data.VAL_IMAGES, **options) if data.VAL_JSON else None
+
+
+def read_hidden_truth(cfg: CfgNode, on_problem: OnProblem = stop) -> DetectionDataset | None:
+    """Read `SSOD.DATA.UNLABELED_TRUTH_JSON`, None if it is ""; boxes without area go."""
+    data = cfg.SSOD.DATA
+    if not data.UNLABELED_TRUTH_JSON:
+        return None
+    options = {"skip_invalid_boxes": True, "on_problem": on_problem}
+    return read_coco(data.UNLABELED_TRUTH_JSON, data.UNLABELED_IMAGES, **options)
+
+
+def _check_one_of(group: str, json_file: str, voc: str) -> None:
+    if json_file and voc:
+        raise InputError(
+            f"SSOD.DATA.{group}_JSON and SSOD.DATA.{group}_VOC both name images; set one of them"
+        )
+
+
+def set_names(cfg: CfgNode) -> tuple[str, str, str]:
+    """Return what errors call the labeled set, the validation set and the hidden truth."""
+    data = cfg.SSOD.DATA
+    labeled, val = data.LABELED_JSON or data.LABELED_VOC, data.VAL_JSON or data.VAL_VOC
+    return labeled, val, data.UNLABELED_TRUTH_JSON
 
 
 def load_run_data(cfg: CfgNode) -> RunData:
@@ -57,22 +123,11 @@ def load_run_data(cfg: CfgNode) -> RunData:
     Raises:
         InputError: for a missing key or file, damaged data, and as `make_run_data`.
     """
-    data = cfg.SSOD.DATA
-    if not data.LABELED_JSON:
-        raise InputError("SSOD.DATA.LABELED_JSON is empty; name a COCO JSON of labeled images")
-    labeled = read_coco(
-        data.LABELED_JSON, data.LABELED_IMAGES, skip_invalid_boxes=data.SKIP_INVALID_BOXES
+    labeled = read_labeled(cfg)
+    unlabeled, val = read_unlabeled(cfg, labeled), read_val(cfg, labeled)
+    return make_run_data(
+        cfg, RunData(labeled, unlabeled, val, read_hidden_truth(cfg)), set_names(cfg)
     )
-    unlabeled = read_unlabeled(cfg, labeled)
-    hidden_truth = val = None
-    if data.UNLABELED_TRUTH_JSON:
-        hidden_truth = read_coco(
-            data.UNLABELED_TRUTH_JSON, data.UNLABELED_IMAGES, skip_invalid_boxes=True
-        )
-    if data.VAL_JSON:
-        val = read_coco(data.VAL_JSON, data.VAL_IMAGES, skip_invalid_boxes=True)
-    names = (data.LABELED_JSON, data.VAL_JSON, data.UNLABELED_TRUTH_JSON)
-    return make_run_data(cfg, RunData(labeled, unlabeled, val, hidden_truth), names)
 
 
 def make_run_data(cfg: CfgNode, sets: RunData, names: tuple[str, str, str]) -> RunData:
@@ -88,28 +143,11 @@ def make_run_data(cfg: CfgNode, sets: RunData, names: tuple[str, str, str]) -> R
         InputError: for a number of classes other than the model's, categories that differ, images
             in two of the sets, and unlabeled images that are missing or that a split would add to.
     """
-    data, num_classes = cfg.SSOD.DATA, cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    for error in find_conflicts(cfg, sets, names):
+        raise error
+    data = cfg.SSOD.DATA
     labeled, unlabeled, hidden_truth = sets.labeled, sets.unlabeled, sets.hidden_truth
-    if labeled.num_classes != num_classes:
-        raise InputError(
-            f"{names[0]}: has {labeled.num_classes} categories, but "
-            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}; set it to {labeled.num_classes}"
-        )
-    for name, other in ((names[1], sets.val), (names[2], hidden_truth)):
-        if other and (other.category_ids, other.class_names) != (
-            labeled.category_ids,
-            labeled.class_names,
-        ):
-            raise InputError(
-                f"{name}: its categories differ from those of {names[0]}; "
-                "both need the same ids and names"
-            )
     if data.PERCENT:
-        if unlabeled is not None:
-            raise InputError(
-                "SSOD.DATA.PERCENT splits the labeled set and cannot be combined with "
-                "SSOD.DATA.UNLABELED_IMAGES or other unlabeled images; set one of them"
-            )
         ids = set(make_split(labeled.image_ids, data.PERCENT, data.SPLIT_SEED))
         unlabeled = labeled.select([i for i in labeled.image_ids if i not in ids])
         hidden_truth = unlabeled
@@ -118,15 +156,6 @@ def make_run_data(cfg: CfgNode, sets: RunData, names: tuple[str, str, str]) -> R
         check_disjoint(labeled, unlabeled)
     if sets.val is not None:
         check_disjoint(labeled, sets.val, "for validation")
-    if cfg.SSOD.UNSUP_LOSS_WEIGHT > 0 and data.UNLABELED_PER_BATCH == 0:
-        raise InputError(
-            "SSOD.DATA.UNLABELED_PER_BATCH must be at least 1 while SSOD.UNSUP_LOSS_WEIGHT is not 0"
-        )
-    if cfg.SSOD.UNSUP_LOSS_WEIGHT > 0 and unlabeled is None:
-        raise InputError(
-            "no unlabeled images: set SSOD.DATA.UNLABELED_IMAGES or SSOD.DATA.PERCENT, or "
-            "SSOD.UNSUP_LOSS_WEIGHT 0 for supervised training"
-        )
     logger.info(
         "%d labeled images with %d boxes, %s unlabeled, %s for validation",
         len(labeled),
@@ -135,6 +164,42 @@ def make_run_data(cfg: CfgNode, sets: RunData, names: tuple[str, str, str]) -> R
         len(sets.val) if sets.val else "none",
     )
     return RunData(labeled, unlabeled, sets.val, hidden_truth)
+
+
+def find_conflicts(
+    cfg: CfgNode, sets: RunData, names: tuple[str, str, str]
+) -> Iterator[InputError]:
+    """Yield what does not fit together: a config and its sets before any split, as above."""
+    data, num_classes = cfg.SSOD.DATA, cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    labeled, unlabeled = sets.labeled, sets.unlabeled
+    if labeled.num_classes != num_classes:
+        yield InputError(
+            f"{names[0]}: has {labeled.num_classes} categories, but "
+            f"MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}; set it to {labeled.num_classes}"
+        )
+    for name, other in ((names[1], sets.val), (names[2], sets.hidden_truth)):
+        if other and (other.category_ids, other.class_names) != (
+            labeled.category_ids,
+            labeled.class_names,
+        ):
+            yield InputError(
+                f"{name}: its categories differ from those of {names[0]}; "
+                "both need the same ids and names"
+            )
+    if data.PERCENT and unlabeled is not None:
+        yield InputError(
+            "SSOD.DATA.PERCENT splits the labeled set and cannot be combined with "
+            "SSOD.DATA.UNLABELED_IMAGES or other unlabeled images; set one of them"
+        )
+    if cfg.SSOD.UNSUP_LOSS_WEIGHT > 0 and data.UNLABELED_PER_BATCH == 0:
+        yield InputError(
+            "SSOD.DATA.UNLABELED_PER_BATCH must be at least 1 while SSOD.UNSUP_LOSS_WEIGHT is not 0"
+        )
+    if cfg.SSOD.UNSUP_LOSS_WEIGHT > 0 and unlabeled is None and not data.PERCENT:
+        yield InputError(
+            "no unlabeled images: set SSOD.DATA.UNLABELED_IMAGES or SSOD.DATA.PERCENT, or "
+            "SSOD.UNSUP_LOSS_WEIGHT 0 for supervised training"
+        )
 
 
 def build_train_loader(

@@ -7,20 +7,25 @@ Whatever is wrong with a file ends as an `InputError` that names the file and th
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ssod.data.reading import (
+    MAX_SIDE,
+    MISSING_FILES,
+    REPEATED,
+    OnProblem,
+    clip_box,
+    skipping_boxes,
+    stop,
+)
 from ssod.data.records import DetectionDataset, ImageRecord
 from ssod.errors import InputError
-
-logger = logging.getLogger(__name__)
-
-_MAX_SIDE = 1_000_000  # pixels; larger numbers are mistakes
 
 
 def read_coco(
@@ -29,6 +34,7 @@ def read_coco(
     *,
     skip_invalid_boxes: bool = False,
     require_annotations: bool = True,
+    on_problem: OnProblem = stop,
 ) -> DetectionDataset:
     """
     Read a COCO annotation file.
@@ -42,34 +48,28 @@ def read_coco(
         skip_invalid_boxes: leave boxes without area out, with one warning, instead of failing.
         require_annotations: False for unlabeled sets. `annotations` and `categories` may be absent
             then, and annotations that are present are dropped unread, so that they cannot leak.
+        on_problem: what to do about an entry that cannot be used; it is left out afterwards.
 
     Raises:
-        InputError: if the file is missing or not valid COCO, or an image file is missing.
+        InputError: if the file is missing or not valid COCO, or an image file is missing. With
+            another `on_problem` only if nothing can be read.
     """
     content = _load(json_path)
     image_entries = _entries(json_path, content, "images", required=True)
     category_entries = _entries(json_path, content, "categories", required=require_annotations)
-    images = _read_images(json_path, image_entries, os.path.abspath(image_root))
-    names = _read_categories(json_path, category_entries)
+    images = _read_images(json_path, image_entries, os.path.abspath(image_root), on_problem)
+    names = _read_categories(json_path, category_entries, on_problem)
     boxes: dict[int | str, list[np.ndarray]] = defaultdict(list)
     classes: dict[int | str, list[int]] = defaultdict(list)
     if require_annotations:
-        num_skipped = 0
         class_of = {category_id: k for k, category_id in enumerate(names)}
-        for index, entry in enumerate(_entries(json_path, content, "annotations", required=True)):
-            where = _where(json_path, "annotations", index, entry)
-            image_id, category_id = _read_references(where, entry, images, class_of)
-            if entry.get("iscrowd", 0) == 1:
-                continue
-            box = _read_box(where, entry.get("bbox"), *images[image_id][1:], skip_invalid_boxes)
-            if box is None:
-                num_skipped += 1
-            else:
+        entries = _entries(json_path, content, "annotations", required=True)
+        with skipping_boxes(json_path, skip_invalid_boxes, on_problem) as report:
+            for image_id, category_id, box in _read_boxes(
+                json_path, entries, images, class_of, report
+            ):
                 boxes[image_id].append(box)
                 classes[image_id].append(class_of[category_id])
-        if num_skipped:
-            logger.warning("%s: left out %d boxes without area", json_path, num_skipped)
-
     records = (
         ImageRecord(
             image_id,
@@ -80,6 +80,32 @@ def read_coco(
         for image_id, image in images.items()
     )
     return DetectionDataset(records, list(names.values()), list(names))
+
+
+def to_coco(dataset: DetectionDataset) -> dict[str, Any]:
+    """Return the content of a COCO annotation file with the images and boxes of a set."""
+    annotations = []
+    records = [dataset[index] for index in range(len(dataset))]
+    for record in records:
+        rows = zip(record.boxes.tolist(), record.classes.tolist(), strict=True)
+        for (x0, y0, x1, y1), label in rows:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": record.image_id,
+                    "category_id": dataset.category_ids[label],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": 0,
+                }
+            )
+    images = [
+        {"id": r.image_id, "file_name": r.file_name, "height": r.height, "width": r.width}
+        for r in records
+    ]
+    names = zip(dataset.category_ids, dataset.class_names, strict=True)
+    categories = [{"id": category_id, "name": name} for category_id, name in names]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def _load(path: str | Path) -> dict[str, Any]:
@@ -124,46 +150,64 @@ def _is_id(value: Any) -> bool:
     return _is_int(value) or isinstance(value, str)
 
 
-def _read_categories(path: str | Path, entries: list[dict[str, Any]]) -> dict[int, str]:
+def _read_categories(
+    path: str | Path, entries: list[dict[str, Any]], on_problem: OnProblem
+) -> dict[int, str]:
     """Return the category names by ascending id."""
     names: dict[int, str] = {}
     for index, entry in enumerate(entries):
         where = _where(path, "categories", index, entry)
         category_id, name = entry.get("id"), entry.get("name")
-        if not _is_int(category_id):
-            raise InputError(f"{where}: id must be an integer, got {category_id!r}")
-        if category_id in names:
-            raise InputError(f"{where}: the id of a category must be unique")
-        if not isinstance(name, str):
-            raise InputError(f"{where}: name must be a string, got {name!r}")
+        try:
+            if not _is_int(category_id):
+                raise InputError(f"{where}: id must be an integer, got {category_id!r}")
+            if category_id in names:
+                raise InputError(f"{where}: the id of a category must be unique")
+            if not isinstance(name, str):
+                raise InputError(f"{where}: name must be a string, got {name!r}")
+        except InputError as error:
+            on_problem("categories", error)
+            continue
         names[category_id] = name
     return dict(sorted(names.items()))
 
 
+_Image = tuple[str, int, int]  # absolute file name, height, width
+
+
 def _read_images(
-    path: str | Path, entries: list[dict[str, Any]], root: str
-) -> dict[int | str, tuple[str, int, int]]:
-    """Return (absolute file name, height, width) by image id."""
-    images: dict[int | str, tuple[str, int, int]] = {}
+    path: str | Path, entries: list[dict[str, Any]], root: str, on_problem: OnProblem
+) -> dict[int | str, _Image]:
+    """Return the images by their id."""
+    images: dict[int | str, _Image] = {}
     for index, entry in enumerate(entries):
         where = _where(path, "images", index, entry)
-        image_id, file_name = entry.get("id"), entry.get("file_name")
-        if not _is_id(image_id):
-            raise InputError(f"{where}: id must be an integer or a string, got {image_id!r}")
-        if image_id in images:
-            raise InputError(f"{where}: the id of an image must be unique")
-        if not isinstance(file_name, str) or not file_name:
-            raise InputError(f"{where}: file_name must be a path, got {file_name!r}")
-        for key in ("height", "width"):
-            side = entry.get(key)
-            if not _is_int(side) or not 0 < side <= _MAX_SIDE:
-                raise InputError(f"{where}: {key} must be a number of pixels, got {side!r}")
-        images[image_id] = (os.path.join(root, file_name), entry["height"], entry["width"])
-    _check_files_exist(path, [image[0] for image in images.values()])
+        try:
+            image = _read_image_entry(where, entry, root)
+            if entry["id"] in images:
+                raise InputError(f"{where}: the id of an image must be unique")
+        except InputError as error:
+            on_problem("image entries", error)
+            continue
+        images[entry["id"]] = image
+    _check_files_exist(path, [image[0] for image in images.values()], on_problem)
     return images
 
 
-def _check_files_exist(path: str | Path, file_names: list[str]) -> None:
+def _read_image_entry(where: str, entry: dict[str, Any], root: str) -> _Image:
+    image_id, file_name = entry.get("id"), entry.get("file_name")
+    if not _is_id(image_id):
+        raise InputError(f"{where}: id must be an integer or a string, got {image_id!r}")
+    if not isinstance(file_name, str) or not file_name:
+        raise InputError(f"{where}: file_name must be a path, got {file_name!r}")
+    for key in ("height", "width"):
+        side = entry.get(key)
+        if not _is_int(side) or not 0 < side <= MAX_SIDE:
+            raise InputError(f"{where}: {key} must be a number of pixels, got {side!r}")
+    return os.path.join(root, file_name), entry["height"], entry["width"]
+
+
+def _check_files_exist(path: str | Path, file_names: list[str], on_problem: OnProblem) -> None:
     # One listing per folder: asking for 100,000 files one by one takes minutes on a network disk.
     folders: dict[str, set[str]] = {}
     missing = []
@@ -178,16 +222,44 @@ def _check_files_exist(path: str | Path, file_names: list[str]) -> None:
         if name not in folders[folder] and not os.path.isfile(file_name):
             missing.append(file_name)
     if missing:
-        raise InputError(
+        message = (
             f"{path}: {len(missing)} of {len(file_names)} image files are missing, the first is "
             f"{missing[0]!r}: check the image folder"
         )
+        on_problem(MISSING_FILES, InputError(message))
+
+
+def _read_boxes(
+    path: str | Path,
+    entries: list[dict[str, Any]],
+    images: dict[int | str, _Image],
+    class_of: dict[int, int],
+    on_problem: OnProblem,
+) -> Iterator[tuple[int | str, int, np.ndarray]]:
+    """Yield image id, category id and clipped box of each annotation but crowds."""
+    for index, entry in enumerate(entries):
+        where = _where(path, "annotations", index, entry)
+        try:
+            image_id, category_id = _read_references(where, entry, images, class_of)
+            if entry.get("iscrowd", 0) == 1:
+                continue
+            x, y, w, h = _read_bbox(where, entry.get("bbox"))
+        except InputError as error:
+            on_problem("annotations", error)
+            continue
+        box = clip_box(where, (x, y, x + w, y + h), *images[image_id][1:], on_problem)
+        if box is not None:
+            yield image_id, category_id, box
+    ids = Counter(entry["id"] for entry in entries if _is_id(entry.get("id")))
+    for annotation_id in (i for i, count in ids.items() if count > 1):
+        message = f"{path}: {ids[annotation_id]} annotations have the id {annotation_id!r}"
+        on_problem(REPEATED, InputError(f"{message}; some tools read one of them only"))
 
 
 def _read_references(
     where: str,
     entry: dict[str, Any],
-    images: dict[int | str, tuple[str, int, int]],
+    images: dict[int | str, _Image],
     class_of: dict[int, int],
 ) -> tuple[int | str, int]:
     """Return the image id and the category id of an annotation, both known."""
@@ -201,25 +273,12 @@ def _read_references(
     return image_id, category_id
 
 
-def _read_box(
-    where: str, bbox: Any, height: int, width: int, skip_invalid: bool
-) -> np.ndarray | None:
-    """Return the XYXY box clipped to the image, or None for one to be skipped."""
+def _read_bbox(where: str, bbox: Any) -> list[float]:
     if (
         not isinstance(bbox, list)
         or len(bbox) != 4
         or not all(isinstance(v, float) or _is_int(v) for v in bbox)
-        or not all(abs(v) < _MAX_SIDE for v in bbox)  # False for NaN too
+        or not all(abs(v) < MAX_SIDE for v in bbox)  # False for NaN too
     ):
         raise InputError(f"{where}: bbox must be 4 finite numbers [x, y, w, h], got {bbox!r}")
-    x, y, w, h = bbox
-    box = np.array([max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)], np.float32)
-    if box[2] > box[0] and box[3] > box[1]:
-        return box
-    if skip_invalid:
-        return None
-    raise InputError(
-        f"{where}: bbox [x, y, w, h] {bbox!r} has no area inside its image of width {width} and "
-        f"height {height}: correct it, or set SSOD.DATA.SKIP_INVALID_BOXES True to leave such "
-        "boxes out"
-    )
+    return bbox

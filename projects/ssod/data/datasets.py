@@ -10,8 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from ssod.data.coco import read_coco
-from ssod.data.images import read_image_size
+from ssod.data.images import IMAGE_SUFFIXES, read_image_size
+from ssod.data.reading import UNREADABLE, OnProblem, stop
 from ssod.data.records import DetectionDataset, ImageRecord
+from ssod.data.voc import read_voc
 from ssod.errors import InputError
 
 __all__ = [
@@ -21,16 +23,19 @@ __all__ = [
     "read_coco",
     "read_image_folder",
     "read_images",
+    "read_voc",
 ]
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-_KNOWN = ", ".join(sorted(_SUFFIXES))
+_KNOWN = ", ".join(sorted(IMAGE_SUFFIXES))
 
 
 def read_image_folder(
-    path: str | Path, class_names: Sequence[str], category_ids: Sequence[int]
+    path: str | Path,
+    class_names: Sequence[str],
+    category_ids: Sequence[int],
+    on_problem: OnProblem = stop,
 ) -> DetectionDataset:
     """
     Make an unlabeled set of all images below a folder; no annotation file is needed.
@@ -44,6 +49,7 @@ def read_image_folder(
         path: the folder.
         class_names: K names, those of the labeled set.
         category_ids: K ids, those of the labeled set.
+        on_problem: is told of each unreadable file.
 
     Raises:
         InputError: if the folder is missing or has no readable image.
@@ -51,6 +57,8 @@ def read_image_folder(
     if not os.path.isdir(path):
         raise InputError(f"{path}: image folder not found")
     dataset, failures = read_images([path], class_names, category_ids)
+    for failure in failures:
+        on_problem(UNREADABLE, failure)
     if failures:
         logger.warning("Left out %d unreadable images, the first: %s", len(failures), failures[0])
     return dataset
@@ -108,7 +116,7 @@ def read_images(
 
 
 def _has_image_suffix(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in _SUFFIXES
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def _find_images(root: str) -> Iterator[str]:

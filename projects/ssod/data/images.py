@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ssod.errors import InputError
 
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 _ORIENTATION = 0x0112  # Exif tag; values 5 to 8 swap the axes
 _TIFF_WIDTH, _TIFF_HEIGHT = 0x0100, 0x0101
 
 
-def read_image(path: str | Path) -> np.ndarray:
+def read_image(path: str | Path, content: bytes | None = None) -> np.ndarray:
     """
     Decode an image file to (H, W, 3) uint8 RGB, turned upright by its Exif orientation.
 
     Every colour mode is converted: 16 bit grayscale is scaled to 8 bit (not clipped), palettes
     are looked up, alpha is dropped.
 
+    Args:
+        path: of the file.
+        content: its bytes, if they have been read already.
+
     Raises:
         InputError: naming the file, if it is missing, truncated or not an image.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path if content is None else io.BytesIO(content)) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # "I;16", or "I" where Pillow widens 16 bit files
                 gray = np.rint(np.asarray(image, dtype=np.float64) / 257).clip(0, 255)
@@ -33,7 +39,10 @@ def read_image(path: str | Path) -> np.ndarray:
                 image = image.convert("RGBA")
             return np.array(image.convert("RGB"))
     except Exception as error:  # decoders raise nearly any type on damaged files
-        raise InputError(f"{path}: cannot be decoded as an image ({error})") from error
+        # Pillow's own message is the address of the bytes.
+        unknown = content is not None and isinstance(error, UnidentifiedImageError)
+        reason = "its format is unknown" if unknown else error
+        raise InputError(f"{path}: cannot be decoded as an image ({reason})") from error
 
 
 def read_image_size(path: str | Path) -> tuple[int, int]:

@@ -80,11 +80,12 @@ def load_teacher_student(model: TeacherStudent, state: dict[str, Any], path: str
     Raises:
         InputError: as `load_matching`.
     """
-    for part in ("pseudo_label_filter", "low_resolution"):
+    parts = {"pseudo_label_filter": "pseudo-label filter", "low_resolution": "second branch"}
+    for part, title in parts.items():
         own = {name: v for name, v in model.state_dict().items() if name.startswith(f"{part}.")}
         saved = {name: v for name, v in state.items() if name.startswith(f"{part}.")}
         if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in saved.items()}:
-            logger.info("%s: it has another %s; the one set starts anew", path, part)
+            logger.info("%s: it has another %s; the one set starts anew", path, title)
             state = {name: v for name, v in state.items() if name not in saved} | own
     load_matching(model, state, path)
 

@@ -36,9 +36,9 @@ def load_run_data(cfg: CfgNode) -> RunData:
     """
     Read, split and check the data sets of a config.
 
-    Labeled images are `DATASETS.TRAIN` or `SSOD.DATA.LABELED_JSON`; unlabeled ones
+    Labeled images are `DATASETS.TRAIN`, `SSOD.DATA.LABELED_JSON` or `LABELED_VOC`; unlabeled ones
     `SSOD.DATA.UNLABELED` (with `DATASETS.TRAIN` only) or `SSOD.DATA.UNLABELED_IMAGES`; those for
-    validation `DATASETS.TEST` or `SSOD.DATA.VAL_JSON`.
+    validation `DATASETS.TEST`, `SSOD.DATA.VAL_JSON` or `VAL_VOC`.
 
     `DATALOADER.FILTER_EMPTY_ANNOTATIONS` leaves images without boxes out of `DATASETS.TRAIN`
     before a split, as published results do (117,266 images of COCO train2017 remain). Files of
@@ -50,7 +50,7 @@ def load_run_data(cfg: CfgNode) -> RunData:
     """
     _check_sources(cfg)
     is_in_catalog = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
-    data = make_run_data(cfg, *_read_sets(cfg)) if is_in_catalog else build.load_run_data(cfg)
+    data = make_run_data(cfg, *read_sets(cfg)) if is_in_catalog else build.load_run_data(cfg)
     for name in test_dataset_names(cfg):
         check_evaluable(name)  # here rather than after hours of training
     return data
@@ -59,18 +59,18 @@ def load_run_data(cfg: CfgNode) -> RunData:
 def _check_sources(cfg: CfgNode) -> None:
     files, sets = cfg.SSOD.DATA, cfg.DATASETS
     for what, key, found, file_key in (
-        ("labeled", "DATASETS.TRAIN", sets.TRAIN, "LABELED_JSON"),
-        ("validation", "DATASETS.TEST", sets.TEST, "VAL_JSON"),
+        *(("labeled", "DATASETS.TRAIN", sets.TRAIN, f"LABELED_{f}") for f in ("JSON", "VOC")),
+        *(("validation", "DATASETS.TEST", sets.TEST, f"VAL_{f}") for f in ("JSON", "VOC")),
         *(("unlabeled", "SSOD.DATA.UNLABELED", files.UNLABELED, f) for f in _UNLABELED_FILES),
     ):
         if found and files[file_key]:
             raise InputError(
                 f"{key} and SSOD.DATA.{file_key} both name {what} images; set one of them"
             )
-    if not sets.TRAIN and not files.LABELED_JSON:
+    if not sets.TRAIN and not files.LABELED_JSON and not files.LABELED_VOC:
         raise InputError(
             "no labeled images: set DATASETS.TRAIN to names in DatasetCatalog, or "
-            "SSOD.DATA.LABELED_JSON to a COCO JSON"
+            "SSOD.DATA.LABELED_JSON to a COCO JSON, or SSOD.DATA.LABELED_VOC to Pascal VOC files"
         )
     if files.UNLABELED and not sets.TRAIN:
         raise InputError(
@@ -79,36 +79,26 @@ def _check_sources(cfg: CfgNode) -> None:
         )
 
 
-def _read_sets(cfg: CfgNode) -> tuple[RunData, tuple[str, str, str]]:
-    """Return the sets before any split, and what errors call three of them."""
+def read_sets(cfg: CfgNode) -> tuple[RunData, tuple[str, str, str]]:
+    """Return the sets before any split, and what errors call three of them; as `load_run_data`."""
     files, train, test = cfg.SSOD.DATA, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
     skip, filter_empty = files.SKIP_INVALID_BOXES, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    unlabeled = truth = val = None
+    truth = build.read_hidden_truth(cfg)
     if train:
         labeled = read_catalog(train, skip_invalid_boxes=skip, filter_empty=filter_empty)
     else:
-        labeled = read_coco(files.LABELED_JSON, files.LABELED_IMAGES, skip_invalid_boxes=skip)
+        labeled = build.read_labeled(cfg)
     if files.UNLABELED:
         unlabeled, truth = _read_unlabeled(files.UNLABELED, labeled)
     else:
         unlabeled = build.read_unlabeled(cfg, labeled)
-    if files.UNLABELED_TRUTH_JSON:
-        truth = read_coco(
-            files.UNLABELED_TRUTH_JSON, files.UNLABELED_IMAGES, skip_invalid_boxes=True
-        )
-    if test:
-        val = read_catalog(test, skip_invalid_boxes=True)
-    elif files.VAL_JSON:
-        val = read_coco(files.VAL_JSON, files.VAL_IMAGES, skip_invalid_boxes=True)
+    val = read_catalog(test, skip_invalid_boxes=True) if test else build.read_val(cfg, labeled)
     for other in (truth, val):
         # Detectron2 maps the category ids of each set to classes; only the classes have to agree.
         if other is not None and other.class_names == labeled.class_names:
             other.category_ids = labeled.category_ids
-    names = (
-        ", ".join(train) or files.LABELED_JSON,
-        ", ".join(test) or files.VAL_JSON,
-        ", ".join(files.UNLABELED) or files.UNLABELED_TRUTH_JSON,
-    )
+    catalog = (train, test, files.UNLABELED)
+    names = tuple(", ".join(c) or f for c, f in zip(catalog, build.set_names(cfg), strict=True))
     return RunData(labeled, unlabeled, val, truth), names
 
 

@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader
 from ssod.data.datasets import read_coco
 from ssod.errors import InputError
 from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
+from ssod.hosts.detectron2.voc import register_voc
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def evaluate(model: TeacherStudentRCNN, cfg: CfgNode, output_dir: str | Path) ->
 
     Args:
         model: in any mode.
-        cfg: `DATASETS.TEST` or `SSOD.DATA.VAL_JSON`, and how to read images.
+        cfg: `DATASETS.TEST`, `SSOD.DATA.VAL_JSON` or `VAL_VOC`, and how to read images.
         output_dir: of the run.
 
     Returns:
@@ -193,12 +194,14 @@ def test_dataset_names(cfg: CfgNode) -> tuple[str, ...]:
     """
     Return the sets that AP is measured on: names in `DatasetCatalog`, () for no evaluation.
 
-    `SSOD.DATA.VAL_JSON` is registered under the paths of the file and its images.
+    `SSOD.DATA.VAL_JSON` or `VAL_VOC` is registered under the paths of the file and its images.
 
     Raises:
-        InputError: if that file is not valid COCO.
+        InputError: if that file is not valid COCO, or as `register_voc`.
     """
     files = cfg.SSOD.DATA
+    if files.VAL_VOC and not cfg.DATASETS.TEST:
+        return (register_voc(cfg),)
     if cfg.DATASETS.TEST or not files.VAL_JSON:
         return tuple(cfg.DATASETS.TEST)
     json_file, images = os.path.abspath(files.VAL_JSON), os.path.abspath(files.VAL_IMAGES)

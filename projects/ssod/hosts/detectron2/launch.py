@@ -115,7 +115,9 @@ def main(args: argparse.Namespace) -> None:
     if not comm.is_main_process():
         return
     if args.eval_only and not results:
-        raise InputError("--eval-only needs a test set; set SSOD.DATA.VAL_JSON or DATASETS.TEST")
+        raise InputError(
+            "--eval-only needs a test set; set SSOD.DATA.VAL_JSON, VAL_VOC or DATASETS.TEST"
+        )
     if results:
         print(format_results(results))
         verify_results(cfg, results)

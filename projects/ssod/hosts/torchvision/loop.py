@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ssod.core.distributed import mean_over_ranks, seed_step
 from ssod.core.structures import TwoStreamBatch
 from ssod.data.build import RunData, build_train_loader, load_run_data
+from ssod.data.coco import to_coco
 from ssod.data.datasets import DetectionDataset
 from ssod.data.loader import FailedImages
 from ssod.errors import InputError
@@ -238,7 +239,8 @@ class Trainer:
             results = detect(detector, self.data.val, self.cfg, self.device)
             path = self.output / "inference" / f"coco_instances_results_{name}.json"
             path.write_text(json.dumps(results))
-            values = coco_metrics(self.cfg.SSOD.DATA.VAL_JSON, results)
+            truth = self.cfg.SSOD.DATA.VAL_JSON or to_coco(self.data.val)
+            values = coco_metrics(truth, results)
             metrics |= {f"{name}/{key}": value for key, value in values.items()}
         quality = monitor_pseudo_labels(self.model, self._monitored, self.cfg, self.device)
         return metrics | quality

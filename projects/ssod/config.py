@@ -97,6 +97,9 @@ def add_ssod_config(cfg: CfgNode) -> None:
     # Folder of unlabeled images; with a JSON only the images it lists. "": none besides the split.
     data.UNLABELED_JSON = ""
     data.UNLABELED_IMAGES = ""
+    # What `ssod index` has written, instead of a JSON: opens a million images in seconds. They are
+    # in UNLABELED_IMAGES, or if that is "" where they were then.
+    data.UNLABELED_INDEX = ""
     # COCO JSON with the true boxes of unlabeled images, never trained on: pseudo-labels are
     # measured against it. With PERCENT the split's own. "": not measured.
     data.UNLABELED_TRUTH_JSON = ""

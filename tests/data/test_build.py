@@ -77,7 +77,7 @@ def test_percent_splits_the_labeled_set_in_two(load, percent):
     data = load(*NO_UNLABELED, "SSOD.DATA.PERCENT", percent)
     labeled, unlabeled = data.labeled.image_ids, data.unlabeled.image_ids
     assert len(labeled) == round(percent / 100 * len(whole))
-    assert sorted(labeled + unlabeled) == whole.image_ids
+    assert sorted([*labeled, *unlabeled]) == whole.image_ids
     assert set(labeled).isdisjoint(unlabeled)
 
 

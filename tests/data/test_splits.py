@@ -58,3 +58,8 @@ def test_repeated_ids(ids):
 def test_no_ids():
     with pytest.raises(InputError, match="at least one image"):
         make_split([], 10, 0)
+
+
+def test_ids_that_are_not_text():
+    names = [f"\udcff{i}.jpg" for i in range(20)]
+    assert set(make_split(names, 20, 0)) < set(make_split(names, 40, 0)) < set(names)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import ssod
-from ssod.cli import check_data, export, predict, quickstart, shapes, visualize_data
+from ssod.cli import check_data, export, index, predict, quickstart, shapes, visualize_data
 from ssod.cli.common import run_command
 
 
@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ssod {ssod.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (quickstart, shapes, check_data, visualize_data, predict, export):
+    for module in (quickstart, shapes, index, check_data, visualize_data, predict, export):
         module.add_parser(commands)
     return parser
 

@@ -14,6 +14,7 @@ from ssod.data.datasets import (
     check_disjoint,
     read_coco,
     read_image_folder,
+    read_index,
     read_voc,
 )
 from ssod.data.loader import build_two_stream_loader
@@ -46,8 +47,18 @@ class RunData:
 def read_unlabeled(
     cfg: CfgNode, labeled: DetectionDataset, on_problem: OnProblem = stop
 ) -> DetectionDataset | None:
-    """Read the unlabeled files of `SSOD.DATA`, None if it names none."""
-    data = cfg.SSOD.DATA
+    """
+    Read the unlabeled files of `SSOD.DATA`, None if it names none.
+
+    Raises:
+        InputError: for two lists of them, and as the readers.
+    """
+    data, classes = cfg.SSOD.DATA, (labeled.class_names, labeled.category_ids)
+    if data.UNLABELED_JSON and data.UNLABELED_INDEX:
+        raise InputError(
+            "SSOD.DATA.UNLABELED_JSON and SSOD.DATA.UNLABELED_INDEX both name unlabeled images; "
+            "set one of them"
+        )
     if data.UNLABELED_JSON:
         return read_coco(
             data.UNLABELED_JSON,
@@ -55,8 +66,9 @@ def read_unlabeled(
             require_annotations=False,
             on_problem=on_problem,
         )
+    if data.UNLABELED_INDEX:
+        return read_index(data.UNLABELED_INDEX, data.UNLABELED_IMAGES, *classes)
     if data.UNLABELED_IMAGES:
-        classes = (labeled.class_names, labeled.category_ids)
         return read_image_folder(data.UNLABELED_IMAGES, *classes, on_problem)
     return None
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 
 from ssod.data.coco import read_coco
 from ssod.data.images import IMAGE_SUFFIXES, read_image_size
+from ssod.data.index import read_index
 from ssod.data.reading import UNREADABLE, OnProblem, stop
 from ssod.data.records import DetectionDataset, ImageRecord
 from ssod.data.voc import read_voc
@@ -20,15 +22,19 @@ __all__ = [
     "DetectionDataset",
     "ImageRecord",
     "check_disjoint",
+    "find_images",
     "read_coco",
     "read_image_folder",
     "read_images",
+    "read_index",
+    "read_sizes",
     "read_voc",
 ]
 
 logger = logging.getLogger(__name__)
 
 _KNOWN = ", ".join(sorted(IMAGE_SUFFIXES))
+_THREADS = 16
 
 
 def read_image_folder(
@@ -90,41 +96,80 @@ def read_images(
         full = os.path.abspath(path)
         if os.path.isdir(full):
             folders.append(full)
-            files += sorted(_find_images(full))
+            files += [os.path.join(full, name) for name in find_images(full)]
         elif os.path.isfile(full) and _has_image_suffix(full):
             folders.append(os.path.dirname(full))
             files.append(full)
         else:
             problem = "it is another file" if os.path.isfile(full) else "there is none"
             raise InputError(f"{path}: expected a folder or an image ({_KNOWN}), but {problem}")
-    root = os.path.commonpath(folders)
-    records, failures = [], []
-    for file_name in dict.fromkeys(files):
-        try:
-            height, width = read_image_size(file_name)
-        except InputError as error:
-            failures.append(error)
-            continue
-        image_id = Path(file_name).relative_to(root).as_posix()
-        no_boxes, no_classes = np.empty((0, 4), np.float32), np.empty(0, np.int64)
-        records.append(ImageRecord(image_id, file_name, height, width, no_boxes, no_classes))
-    if not records:
+    root = os.path.join(os.path.commonpath(folders), "")
+    names = [name[len(root) :] for name in dict.fromkeys(files)]
+    failures: list[InputError] = []
+    dataset = DetectionDataset(_read_records(root, names, failures), class_names, category_ids)
+    if not len(dataset):
         found = f"none of its {len(failures)} images is readable" if failures else "it has none"
         where = paths[0] if len(paths) == 1 else root
         raise InputError(f"{where}: expected a folder with images ({_KNOWN}), but {found}")
-    return DetectionDataset(records, class_names, category_ids), failures
+    return dataset, failures
+
+
+def _read_records(
+    root: str, names: Sequence[str], failures: list[InputError]
+) -> Iterator[ImageRecord]:
+    no_boxes, no_classes = np.empty((0, 4), np.float32), np.empty(0, np.int64)
+    for name, size in zip(names, read_sizes(root, names), strict=True):
+        if isinstance(size, InputError):
+            failures.append(size)
+        else:
+            image_id = name.replace(os.sep, "/")
+            yield ImageRecord(image_id, os.path.join(root, name), *size, no_boxes, no_classes)
 
 
 def _has_image_suffix(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def _find_images(root: str) -> Iterator[str]:
+def find_images(root: str) -> list[str]:
+    """
+    Return the sorted paths of the images below a folder, relative to it and with forward slashes.
+
+    For what is found see `read_image_folder`.
+
+    Raises:
+        InputError: if the folder is missing.
+    """
+    if not os.path.isdir(root):
+        raise InputError(f"{root}: image folder not found")
+    found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        prefix = "" if folder == root else Path(folder).relative_to(root).as_posix() + "/"
         for name in names:
             if not name.startswith(".") and _has_image_suffix(name):
-                yield os.path.join(folder, name)
+                found.append(prefix + name)
+    return sorted(found)
+
+
+def read_sizes(root: str, names: Sequence[str]) -> Iterator[tuple[int, int] | InputError]:
+    """
+    Read the size of each image of a folder: (height, width) in pixels, or why there is none.
+
+    Args:
+        root: the folder.
+        names: paths relative to it.
+    """
+    # Threads, as headers are small and disks far away: the time is spent waiting.
+    with ThreadPool(_THREADS) as pool:
+        files = (os.path.join(root, name) for name in names)
+        yield from pool.imap(_try_read_size, files, chunksize=64)
+
+
+def _try_read_size(path: str) -> tuple[int, int] | InputError:
+    try:
+        return read_image_size(path)
+    except InputError as error:
+        return error
 
 
 def check_disjoint(
@@ -136,7 +181,7 @@ def check_disjoint(
     Raises:
         InputError: naming an example. Labels of such an image would leak into the other set.
     """
-    shared = _real_files(labeled) & _real_files(other)
+    shared = set(_real_files(labeled)).intersection(_real_files(other))
     if shared:
         raise InputError(
             f"{len(shared)} image files are both labeled and {other_name}, among them "
@@ -144,13 +189,21 @@ def check_disjoint(
         )
 
 
-def _real_files(dataset: DetectionDataset) -> set[str]:
-    real_folders: dict[str, str] = {}  # resolving every full path takes many times as long
-    files = set()
+def _real_files(dataset: DetectionDataset) -> Iterator[str]:
+    # Folders are resolved and listed once: resolving every path takes many times as long, and
+    # asking for every file whether it is a link takes minutes on a network disk.
+    folders: dict[str, tuple[str, set[str]]] = {}
     for file_name in dataset.file_names:
         folder, name = os.path.split(file_name)
-        if folder not in real_folders:
-            real_folders[folder] = os.path.realpath(folder)
-        file = os.path.join(real_folders[folder], name)
-        files.add(os.path.realpath(file) if os.path.islink(file) else file)
-    return files
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder), _find_links(folder)
+        real_folder, links = folders[folder]
+        yield os.path.realpath(file_name) if name in links else os.path.join(real_folder, name)
+
+
+def _find_links(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries if entry.is_symlink()}
+    except (OSError, ValueError):  # as in `read_coco`: such files are reported when they are read
+        return set()

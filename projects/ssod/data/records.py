@@ -1,17 +1,21 @@
 """
 Images with their boxes, and sets of them.
 
-Shape shorthand: M boxes of one image, K foreground classes.
+Shape shorthand: N images, M boxes of one image, K foreground classes.
 """
 
 from __future__ import annotations
 
+import copy
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ssod.errors import InputError
+
+_UTF_8 = ("utf-8", "surrogatepass")  # file names may have what is not text
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,19 +40,68 @@ class ImageRecord:
     classes: np.ndarray
 
 
+class FlatList(Sequence[int | str]):
+    """
+    A list of strings and integers, kept as text in one buffer and made anew when read.
+
+    As objects, a million of them would be copied into every process that reads them: reading an
+    object changes its reference count, and with it the memory page that was shared.
+    """
+
+    def __init__(self, items: Iterable[int | str] = ()):
+        self._text = bytearray()
+        self._ends = array("q", [0])
+        self._is_int = bytearray()
+        for item in items:
+            self.append(item)
+
+    def append(self, item: int | str) -> None:
+        """Add an item at the end."""
+        self._text += str(item).encode(*_UTF_8)
+        self._ends.append(len(self._text))
+        self._is_int.append(not isinstance(item, str))
+
+    def select(self, keep: np.ndarray) -> FlatList:
+        """Return the items where `keep`, (N,) bool, is True."""
+        lengths = np.diff(self._ends)
+        selected = FlatList()
+        selected._text += np.frombuffer(self._text, np.uint8)[np.repeat(keep, lengths)].tobytes()
+        selected._ends.frombytes(np.cumsum(lengths[keep]).tobytes())
+        selected._is_int += np.frombuffer(self._is_int, np.uint8)[keep].tobytes()
+        return selected
+
+    def __len__(self) -> int:
+        return len(self._is_int)
+
+    def __getitem__(self, index: int | slice) -> int | str | list[int | str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        i = range(len(self))[index]  # counts from the end if negative; IndexError beyond it
+        text = self._text[self._ends[i] : self._ends[i + 1]].decode(*_UTF_8)
+        return int(text) if self._is_int[i] else text
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, (FlatList, list)):
+            return NotImplemented
+        return list(self) == list(other)
+
+    def __repr__(self) -> str:
+        return repr(list(self))
+
+
 class DetectionDataset:
     """
     A sequence of `ImageRecord`, read by index.
 
-    Numbers are kept in a few flat arrays, because every Python object that a loading process
-    touches is copied into its memory, and there may be millions of boxes.
+    All is kept in a few flat arrays, which processes that are forked share, and which are filled
+    record by record: a million images without boxes take about 0.2 GB.
 
     Attributes:
         class_names: K names.
         category_ids: K ids that the classes have in the annotation file.
-        image_ids: one an image.
-        file_names: one an image.
-        aspect_ratios: float32 width / height, one an image.
+        image_ids: N ids.
+        file_names: N absolute paths.
+        aspect_ratios: (N,) float32 width / height.
         class_counts: (K,) int64 boxes of each class.
     """
 
@@ -58,18 +111,32 @@ class DetectionDataset:
         class_names: Sequence[str],
         category_ids: Sequence[int],
     ):
-        records = list(records)
         self.class_names = list(class_names)
         self.category_ids = list(category_ids)
-        self.image_ids = [r.image_id for r in records]
-        self.file_names = [r.file_name for r in records]
-        self._sizes = np.array([(r.height, r.width) for r in records], np.int64).reshape(-1, 2)
-        self._boxes = np.concatenate([np.empty((0, 4), np.float32), *(r.boxes for r in records)])
-        self._classes = np.concatenate([np.empty(0, np.int64), *(r.classes for r in records)])
-        self._counts = np.array([len(r.boxes) for r in records], np.int64)
-        self._starts = np.cumsum(self._counts) - self._counts
+        self.image_ids = FlatList()
+        self.file_names = FlatList()
+        sizes, counts, boxes, classes = array("i"), array("i"), array("f"), array("q")
+        for record in records:
+            self.image_ids.append(record.image_id)
+            self.file_names.append(record.file_name)
+            sizes.extend((record.height, record.width))
+            counts.append(len(record.boxes))
+            if len(record.boxes):
+                boxes.frombytes(np.asarray(record.boxes, np.float32).tobytes())
+                classes.frombytes(np.asarray(record.classes, np.int64).tobytes())
+        # As they are, not copied.
+        self._sizes = np.frombuffer(sizes, np.int32).reshape(-1, 2)
+        self._set_boxes(
+            np.frombuffer(boxes, np.float32).reshape(-1, 4),
+            np.frombuffer(classes, np.int64),
+            np.frombuffer(counts, np.int32),
+        )
         self.aspect_ratios = (self._sizes[:, 1] / self._sizes[:, 0]).astype(np.float32)
-        self.class_counts = np.bincount(self._classes, minlength=self.num_classes)
+
+    def _set_boxes(self, boxes: np.ndarray, classes: np.ndarray, counts: np.ndarray) -> None:
+        self._boxes, self._classes, self._counts = boxes, classes, counts
+        self._starts = np.cumsum(counts) - counts
+        self.class_counts = np.bincount(classes, minlength=self.num_classes)
 
     @property
     def num_classes(self) -> int:
@@ -105,12 +172,19 @@ class DetectionDataset:
             InputError: if an id is not in the set.
         """
         wanted = set(image_ids)
-        unknown = wanted.difference(self.image_ids)
+        keep = np.fromiter((i in wanted for i in self.image_ids), bool, len(self))
+        selected = copy.copy(self)
+        selected.image_ids = self.image_ids.select(keep)
+        unknown = wanted.difference(selected.image_ids)
         if unknown:
             raise InputError(
                 f"{len(unknown)} of {len(wanted)} selected image ids are not in the set of "
                 f"{len(self)} images, among them {min(unknown, key=str)!r}: was the split made for "
                 "another annotation file?"
             )
-        chosen = (self[i] for i, image_id in enumerate(self.image_ids) if image_id in wanted)
-        return DetectionDataset(chosen, self.class_names, self.category_ids)
+        selected.file_names = self.file_names.select(keep)
+        selected._sizes = self._sizes[keep]
+        selected.aspect_ratios = self.aspect_ratios[keep]
+        rows = np.repeat(keep, self._counts)
+        selected._set_boxes(self._boxes[rows], self._classes[rows], self._counts[keep])
+        return selected

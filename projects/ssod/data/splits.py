@@ -37,6 +37,11 @@ def make_split(image_ids: Iterable[int | str], percent: float, seed: int) -> lis
         by_name[str(image_id)] = image_id
     if not by_name:
         raise InputError("a split needs at least one image, got none")
-    names = sorted(by_name, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+
+    def digest(name: str) -> bytes:
+        # File names may have what is not text.
+        return hashlib.sha256(f"{seed}:{name}".encode("utf-8", "surrogatepass")).digest()
+
+    names = sorted(by_name, key=digest)
     count = max(1, math.floor(percent * len(names) / 100 + 0.5))
     return [by_name[name] for name in names[:count]]

@@ -13,6 +13,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from ssod.data.datasets import read_coco
+from ssod.data.index import write_index
 from ssod.data.splits import make_split
 from ssod.errors import InputError
 from ssod.hosts.detectron2 import data
@@ -241,7 +242,7 @@ def test_images_without_boxes_are_left_out_before_the_split(load, register, entr
     every = load(*SUPERVISED, *cfg, "DATALOADER.FILTER_EMPTY_ANNOTATIONS", False)
     assert every.labeled.image_ids == [0, 1, 2, 3, 4]
     split = load(*NO_FILES, *cfg, "SSOD.DATA.PERCENT", 34)
-    assert sorted(split.labeled.image_ids + split.unlabeled.image_ids) == [0, 3, 4]
+    assert sorted([*split.labeled.image_ids, *split.unlabeled.image_ids]) == [0, 3, 4]
     empty = register(entries([], [crowd]), thing_classes=CLASSES)
     with pytest.raises(InputError, match=f"{empty}: expected images with boxes, found none"):
         load(*SUPERVISED, "DATASETS.TRAIN", [empty])
@@ -303,6 +304,22 @@ def test_image_that_is_labeled_and_unlabeled_is_refused(load, coco_set):
         load(*NO_FILES, *sets)
 
 
+def test_labeled_set_of_the_catalog_with_an_index_of_images(load, coco_set, shapes, tmp_path):
+    images = [(f"unlabeled_{i + 1:06d}.jpg", 48, 64) for i in range(SPEC.num_unlabeled)]
+    write_index(tmp_path / "index.tsv", str(shapes / "images"), images)
+    train = ("DATASETS.TRAIN", [coco_set("labeled")])
+    found = load(*NO_FILES, *train, "SSOD.DATA.UNLABELED_INDEX", tmp_path / "index.tsv")
+    assert found.unlabeled.image_ids == [name for name, _, _ in images]
+    assert found.unlabeled.file_names == load().unlabeled.file_names
+
+
+@pytest.mark.parametrize("image_id", [None, 1.5, (1, 2)])
+def test_ids_are_integers_or_text(image_id, register, entries):
+    found = register(entries([BOX], image_id=image_id), thing_classes=CLASSES)
+    with pytest.raises(InputError, match=f"{found}: image_id must be an integer or text, got "):
+        data.read_catalog([found])
+
+
 def test_labeled_set_of_the_catalog_with_a_folder_of_images(load, coco_set, shapes, tmp_path):
     for path in (shapes / "images").glob("unlabeled_*.jpg"):
         shutil.copy(path, tmp_path)
@@ -336,6 +353,11 @@ def test_only_names_of_classes_have_to_agree_between_catalog_and_files(load, reg
             (*NO_FILES, "DATASETS.TRAIN", ["a"], *("SSOD.DATA.UNLABELED", ["b"]))
             + ("SSOD.DATA.UNLABELED_IMAGES", "c"),
             "UNLABELED and SSOD.DATA.UNLABELED_IMAGES both name unlabeled images",
+        ),
+        (
+            (*NO_FILES, "DATASETS.TRAIN", ["a"], *("SSOD.DATA.UNLABELED", ["b"]))
+            + ("SSOD.DATA.UNLABELED_INDEX", "c"),
+            "UNLABELED and SSOD.DATA.UNLABELED_INDEX both name unlabeled images",
         ),
         ((*NO_UNLABELED, "SSOD.DATA.UNLABELED", ["a"]), "SSOD.DATA.UNLABELED needs DATASETS.TRAIN"),
         (NO_FILES, "no labeled images: set DATASETS.TRAIN to .* or SSOD.DATA.LABELED_JSON to"),

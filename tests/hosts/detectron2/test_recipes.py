@@ -100,6 +100,10 @@ PUBLISHED = {
         *(("coco_2017_train",), 0, ("coco_2017_unlabeled",), *COCO),
         *(90000, 360000, 2.0, 0.9996),
     ),
+    "coco-imagenet/unbiased_teacher_R_50_FPN": (
+        *(("coco_2017_train",), 0, (), *COCO),
+        *(90000, 360000, 2.0, 0.9996),
+    ),
     "voc/unbiased_teacher_R_50_FPN": (
         *(("voc_2007_trainval",), 0, ("voc_2012_trainval",), *VOC),
         *(30000, 180000, 2.0, 0.999),
@@ -204,6 +208,17 @@ def test_recipes_of_coco_standard_differ_in_the_percentage_alone():
     first, *others = (f"coco-standard/unbiased_teacher_R_50_FPN_{p}pct" for p in PERCENTS)
     for name, percent in zip(others, PERCENTS[1:], strict=True):
         assert _difference(name, first) == {"SSOD.DATA.PERCENT": percent}
+
+
+def test_coco_imagenet_differs_from_coco_additional_in_the_unlabeled_images_alone():
+    recipe = "coco-imagenet/unbiased_teacher_R_50_FPN"
+    assert _difference(recipe, "coco-additional/unbiased_teacher_R_50_FPN") == {
+        "SSOD.DATA.UNLABELED": (),
+        "SSOD.DATA.UNLABELED_INDEX": "datasets/imagenet/train_20pct.tsv",
+    }
+    # Where the index is to be written.
+    text = (ROOT / "docs" / "recipes.md").read_text()
+    assert "--output $DETECTRON2_DATASETS/imagenet/train_20pct.tsv" in text
 
 
 def test_one_gpu_variant_takes_the_share_of_each_gpu_in_every_pass():

@@ -28,7 +28,7 @@ from ssod.hosts.detectron2.evaluation import check_evaluable, reading_catalog, t
 logger = logging.getLogger(__name__)
 
 COCO_UNLABELED = "coco_2017_unlabeled"
-_UNLABELED_FILES = ("UNLABELED_JSON", "UNLABELED_IMAGES", "UNLABELED_TRUTH_JSON")
+_UNLABELED_FILES = tuple(f"UNLABELED_{end}" for end in ("JSON", "INDEX", "IMAGES", "TRUTH_JSON"))
 _Set = tuple[str, list[dict[str, Any]]]  # a name, and images in Detectron2's standard format
 
 
@@ -192,6 +192,8 @@ def _make_dataset(
             image_id = entry["image_id" if "image_id" in entry else "file_name"]
             if isinstance(image_id, np.generic):
                 image_id = image_id.item()
+            if type(image_id) not in (int, str):
+                raise InputError(f"{name}: image_id must be an integer or text, got {image_id!r}")
             if len(sets) > 1:
                 image_id = f"{name}/{image_id}"
             if image_id in records:
@@ -210,7 +212,7 @@ def _make_record(
 ) -> tuple[ImageRecord, int]:
     """Return the record of an image, and how many boxes without area were left out."""
     file_name = os.path.abspath(entry["file_name"])
-    height, width = entry.get("height"), entry.get("width")
+    height, width = int(entry.get("height") or 0), int(entry.get("width") or 0)
     if not height or not width:
         height, width = read_image_size(file_name)
     found_boxes, found_classes = [], []

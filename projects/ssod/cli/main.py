@@ -7,8 +7,19 @@ import sys
 from collections.abc import Sequence
 
 import ssod
-from ssod.cli import check_data, export, index, predict, quickstart, shapes, visualize_data
+from ssod.cli import (
+    check_data,
+    export,
+    index,
+    predict,
+    quickstart,
+    shapes,
+    split,
+    visualize_data,
+)
 from ssod.cli.common import run_command
+
+COMMANDS = (quickstart, shapes, split, index, check_data, visualize_data, predict, export)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -18,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"ssod {ssod.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for module in (quickstart, shapes, index, check_data, visualize_data, predict, export):
+    for module in COMMANDS:
         module.add_parser(commands)
     return parser
 

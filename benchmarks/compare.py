@@ -2,7 +2,8 @@
 Configs compared on Shapes: AP and the quality of pseudo-labels, over seeds.
 
 All runs of a seed start from the weights of one burn-in, the first config's, as does the control,
-which is that config without unlabeled images but with the EMA. Interrupted, it continues. Example:
+which is that config without unlabeled images but with the EMA. The optimizer and the warm-up of the
+learning rate start anew there. Interrupted, it continues. Example:
 python benchmarks/compare.py configs/shapes/mean_teacher.yaml configs/shapes/lsm.yaml
 """
 
@@ -25,6 +26,7 @@ from ssod.hosts.torchvision import experiment
 from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
 
 CONTROL = "control"
+RESERVED = (CONTROL, "burn_in", "shapes")  # folders of a seed
 NO_UNLABELED = ("SSOD.UNSUP_LOSS_WEIGHT", 0)
 QUALITY = {
     "precision": "pseudo/precision",
@@ -45,6 +47,9 @@ def main() -> None:
     parser.add_argument("--output", default="output/compare", metavar="DIR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     args = parser.parse_args()
+    names = [Path(config).stem for config in args.configs]
+    if len({*names, *RESERVED}) < len(names) + len(RESERVED):
+        parser.error(f"configs need different names, other than {RESERVED}, got {names}")
     tables = [run_seed(args.configs, Path(args.output), seed) for seed in args.seeds]
     print(format_table(summarize(tables), COLUMNS))
     print("\nprecision / recall of pseudo-labels at each evaluation, mean over seeds")

@@ -179,7 +179,7 @@ def _add_low_resolution(group: CfgNode) -> None:
     # Boxes that the branch learns coordinates of: "all", "reliable" (by the main branch's weight)
     # or "none".
     group.BOX_LOSS = "all"
-    # Train the RPN on the small image too, a second pass of it (PseCo).
+    # Train the RPN on the small image too, a second pass of it, proposals included (PseCo).
     group.RPN_LOSS = False
     # Factor on the self-distillation, within UNSUP_LOSS_WEIGHT; 0: none.
     group.DISTILL_WEIGHT = 1.0

@@ -116,6 +116,8 @@ def test_norm_divides_by_all_regions_or_by_those_distilled():
     distilled = SelfDistillation(norm="distilled", weight=2.0).loss(main, aux, weights, 100)
     torch.testing.assert_close(sampled, 2 * total / 100)
     torch.testing.assert_close(distilled, 2 * total / 1.5)
+    few = SelfDistillation(norm="distilled").loss(main, aux, weights / 6, 100)
+    torch.testing.assert_close(few, total / 6 / 0.25)  # also where the weights sum to less than 1
 
 
 def _labels(weights):
@@ -146,11 +148,18 @@ def test_regions_are_distilled_by_how_little_the_main_branch_learns_of_their_box
 
 
 def test_regions_can_be_chosen_by_the_auxiliary_score():
-    probs = torch.tensor([[0.5, 0.1, 0.4], [0.2, 0.6, 0.2], [0.7, 0.1, 0.2], [0.1, 0.1, 0.8]])
-    samples = _samples([2, 2, 2, 2], [0, 0, 0, 0], [4])
-    distillation = SelfDistillation(scores=(0.55, 0.65))
-    weights = distillation.region_weights(probs.log(), samples, [_labels([1.0])])
-    assert weights.tolist() == [0.0, 1.0, 0.0, 0.0]
+    # The last column is the background, whose probability does not count.
+    probs = [[0.5, 0.1, 0.4], [0.2, 0.6, 0.2], [0.7, 0.1, 0.2], [0.2, 0.2, 0.6], [0.3, 0.6, 0.1]]
+    logits = torch.tensor(probs).log()
+    low, high = logits.softmax(1)[[0, 1], [0, 1]].tolist()
+    samples = _samples([2] * 5, [0] * 5, [5])
+
+    def chosen(*scores):
+        distillation = SelfDistillation(scores=scores)
+        return distillation.region_weights(logits, samples, [_labels([1.0])]).tolist()
+
+    assert chosen(0.55, 0.65) == [0.0, 1.0, 0.0, 0.0, 1.0]
+    assert chosen(low, high)[:2] == [0.0, 1.0]  # above the lower bound, up to the upper one
 
 
 @pytest.mark.parametrize(

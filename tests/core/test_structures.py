@@ -220,12 +220,12 @@ def test_look_up_reads_the_matched_target_of_each_region(num_targets):
         matched.append(rows)
         classes.append(labels)
         expected += [
-            -1.0 if label == NUM_CLASSES else float(value[row])
+            0.0 if label == NUM_CLASSES else float(value[row])
             for row, label in zip(rows.tolist(), labels.tolist(), strict=True)
         ]
     targets = [_targets(count) for count in num_targets]
     samples = RegionSamples.from_matches(boxes, classes, matched, targets, NUM_CLASSES)
-    assert samples.look_up(values, background=-1.0).tolist() == pytest.approx(expected)
+    assert samples.look_up(values).tolist() == pytest.approx(expected)
 
 
 def test_samples_leave_the_targets_unchanged():

@@ -9,11 +9,13 @@ given to `preprocess`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ssod.core.structures import (
     Detections,
@@ -145,6 +147,18 @@ class RegionDetector(nn.Module, ABC):
     @abstractmethod
     def new_classifier(self) -> nn.Linear:
         """Return a copy of the classifier (D to K + 1), background last whatever the host does."""
+
+    @contextmanager
+    def fixed_norm_statistics(self) -> Iterator[None]:
+        """Let batch norms in train mode use their running statistics and leave those alone."""
+        norms = [m for m in self.modules() if isinstance(m, _BatchNorm) and m.training]
+        for norm in norms:
+            norm.eval()
+        try:
+            yield
+        finally:
+            for norm in norms:
+                norm.train()
 
     def losses(self, features: Features, batch: ImageBatch, targets: list[Targets]) -> LossOutput:
         """

@@ -8,15 +8,13 @@ Shape shorthand: N images, R regions of all images, K foreground classes (backgr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import box_iou
 
 from ssod.core.filters import kept_rows
@@ -53,8 +51,8 @@ class LowResolutionBranch(nn.Module):
     `SelfDistillation`. So `FixedThreshold` and ACT distil between their two thresholds, SoftMatch
     below its running mean.
 
-    What the paper leaves open is an argument. Batch norms use their running statistics for the
-    small image, and do not update them.
+    What the paper leaves open is an argument. Batch norms use their running statistics in the
+    branch, and do not update them.
 
     Args:
         classifier: the auxiliary one, D to K + 1; None for the student's own.
@@ -134,6 +132,7 @@ class LowResolutionBranch(nn.Module):
         if not keys.ENABLED:
             return None
         _check_choice("HEAD", keys.HEAD, get_args(Head))
+        _check_levels(student)
         rpn_losses = (
             ("loss_rpn_cls", "loss_rpn_loc") if cfg.SSOD.UNSUP_BOX_LOSSES else ("loss_rpn_cls",)
         )
@@ -183,13 +182,24 @@ class LowResolutionBranch(nn.Module):
             features: the student's, of `batch`.
             main: the main branch's losses of `batch`.
             pseudo_labels: of each image, all that the filter kept.
-            iterations: since the teacher has started.
+            iterations: since the end of the burn-in.
         """
         ramp = min(1.0, iterations / self.ramp_iters) if self.ramp_iters else 1.0
+        with student.fixed_norm_statistics():
+            losses = self._losses(student, batch, features, main, pseudo_labels)
+        return {name: ramp * loss for name, loss in losses.items()}
+
+    def _losses(
+        self,
+        student: RegionDetector,
+        batch: ImageBatch,
+        features: Features,
+        main: LossOutput,
+        pseudo_labels: list[PseudoLabels],
+    ) -> dict[str, Tensor]:
         targets = [self._targets(labels) for labels in pseudo_labels]
         small = batch.half(mode=self.interpolation)
-        with _running_statistics(student):
-            small_features = student.features(small)
+        small_features = student.features(small)
         samples = self._sample(student, main, targets)
         output = student.score_regions(small_features, samples.boxes, stride_shift=STRIDE_SHIFT)
         if self.classifier is not None:
@@ -211,7 +221,7 @@ class LowResolutionBranch(nn.Module):
             losses["loss_distill"] = self._distill(
                 student, features, main, samples, output.logits, weights * active
             )
-        return {name: ramp * loss for name, loss in losses.items()}
+        return losses
 
     def _targets(self, labels: PseudoLabels) -> Targets:
         ones = torch.ones_like(labels.weights)
@@ -272,19 +282,16 @@ class LowResolutionBranch(nn.Module):
         return self.distillation.loss(main_logits, aux_logits, weights, num_sampled)
 
 
+def _check_levels(student: RegionDetector) -> None:
+    smallest_and_largest = torch.tensor([[0.0, 0.0, 1e-3, 1e-3], [0.0, 0.0, 1e6, 1e6]])
+    first, last = student.levels([smallest_and_largest]).tolist()
+    if (first, last) != (SMALL_LEVELS[0], SMALL_LEVELS[-1] + STRIDE_SHIFT):
+        raise InputError(
+            f"SSOD.LSM needs regions pooled from levels 2 to 5, got {first} to {last}; set "
+            "MODEL.ROI_HEADS.IN_FEATURES accordingly"
+        )
+
+
 def _check_choice(key: str, value: str, choices: Sequence[str]) -> None:
     if value not in choices:
         raise InputError(f"SSOD.LSM.{key} must be one of {choices}, got {value!r}")
-
-
-@contextmanager
-def _running_statistics(module: nn.Module) -> Iterator[None]:
-    """Let batch norms normalise by their running statistics and leave those alone."""
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training]
-    for norm in norms:
-        norm.eval()
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.train()

@@ -65,7 +65,7 @@ class SelfDistillation:
             distilled with weight 1 - w. (low, high): regions whose likeliest foreground class has
             an auxiliary probability in (low, high] are distilled, whatever they are matched to.
         norm: divide by the number of regions "sampled", as the classification loss does, or by the
-            sum of the weights of those "distilled".
+            sum of the weights of those "distilled"; of this process in either case.
 
     Raises:
         InputError: if an attribute is out of range.

@@ -186,13 +186,12 @@ class RegionSamples(TensorFields):
     box_weights: Tensor
     probs: Tensor
 
-    def look_up(self, values: Sequence[Tensor], background: float = 0.0) -> Tensor:
+    def look_up(self, values: Sequence[Tensor]) -> Tensor:
         """
-        Return what the matched target of each region has, (R,).
+        Return what the matched target of each region has, (R,), and 0 for background regions.
 
         Args:
             values: (M_i,) of each image's targets.
-            background: value of background regions.
         """
         sizes = [len(boxes) for boxes in self.boxes]
         rows = [
@@ -200,7 +199,7 @@ class RegionSamples(TensorFields):
             for v, m in zip(values, self.matched.split(sizes), strict=True)
         ]
         is_background = self.classes == self.probs.shape[1] - 1
-        return torch.cat(rows).masked_fill(is_background, background)
+        return torch.cat(rows).masked_fill(is_background, 0)
 
     @classmethod
     def from_matches(

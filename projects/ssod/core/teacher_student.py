@@ -169,6 +169,20 @@ class TeacherStudent(nn.Module):
             self.start_teacher_if_due()
 
     @torch.no_grad()
+    def reset_branch_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """
+        Zero what an optimizer keeps of the second branch; call once the teacher has started.
+
+        The branch has had gradients of zero until then. Adam has counted them as steps with a
+        variance of zero, and would take steps that are too large for as long as it remembers.
+        """
+        if self.low_resolution is not None:
+            for parameter in self.low_resolution.parameters():
+                for value in optimizer.state[parameter].values():
+                    if isinstance(value, Tensor):
+                        value.zero_()
+
+    @torch.no_grad()
     def pseudo_labels(self, images: list[Tensor]) -> list[PseudoLabels]:
         """Label uint8 RGB (3, h, w) images with the teacher and the filter, one item an image."""
         batch = self.teacher.preprocess(images)

@@ -75,7 +75,8 @@ def load_teacher_student(model: TeacherStudent, state: dict[str, Any], path: str
     Load the model of a run that is to be continued.
 
     If the checkpoint has another pseudo-label filter or second branch, the model's own starts anew,
-    with one line logged: they can be exchanged during a run, as far as the optimizer allows it.
+    with one line logged. So filters can be exchanged during a run, and a run is evaluated without
+    its branch; whether it can be trained without, or with another one, is up to the optimizer.
 
     Raises:
         InputError: as `load_matching`.
@@ -85,7 +86,8 @@ def load_teacher_student(model: TeacherStudent, state: dict[str, Any], path: str
         own = {name: v for name, v in model.state_dict().items() if name.startswith(f"{part}.")}
         saved = {name: v for name, v in state.items() if name.startswith(f"{part}.")}
         if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in saved.items()}:
-            logger.info("%s: it has another %s; the one set starts anew", path, title)
+            what = "the one set starts anew" if own else "it is left out"
+            logger.info("%s: it has another %s; %s", path, title, what)
             state = {name: v for name, v in state.items() if name not in saved} | own
     load_matching(model, state, path)
 

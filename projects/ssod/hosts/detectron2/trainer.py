@@ -104,14 +104,18 @@ class TeacherStudentTrainer(SimpleTrainer):
         self._data_seconds += time.perf_counter() - start
         self.failed.update(batch)
         self._file_names.append(batch.file_names)
-        seed_step(self.seed, self.iter)
         self.optimizer.zero_grad()
+        had_teacher = self.teacher_student.teacher_started
         parts = split_batch(batch, self.accumulate_steps)
         for index, part in enumerate(parts):
+            # Each part anew: how many draws a method takes must not change those of the next part.
+            seed_step(self.seed, self.iter * len(parts) + index)
             self._backward(part, is_last=index == len(parts) - 1)
         self.after_backward()
         self._step()
         self.teacher_student.after_step()
+        if self.teacher_student.teacher_started and not had_teacher:
+            self.teacher_student.reset_branch_state(self.optimizer)
         if (self.iter + 1) % self.log_period == 0 or self.iter + 1 == self.max_iter:
             self._write_window()
 
@@ -225,7 +229,10 @@ class TeacherStudentTrainer(SimpleTrainer):
             # The one hook with a state is the schedule, a function of the iteration alone.
             super().load_state_dict({k: v for k, v in state_dict.items() if k != "hooks"})
         except ValueError as error:
-            raise InputError(f"the checkpoint's optimizer does not fit: {error}") from error
+            raise InputError(
+                f"the checkpoint's optimizer does not fit: {error}; set the model's keys, and "
+                "SSOD.LSM.ENABLED and HEAD, as they were"
+            ) from error
         for loaded, group in zip(self.optimizer.param_groups, groups, strict=True):
             loaded.update({k: v for k, v in group.items() if k != "params"})
         self.num_skipped, self.num_skipped_in_row = state_dict["skipped"]

@@ -92,7 +92,7 @@ class Trainer:
         except ValueError as error:
             raise InputError(
                 f"{self.checkpoint}: its optimizer does not fit SSOD.OPTIMIZER "
-                f"{self.cfg.SSOD.OPTIMIZER!r}: {error}"
+                f"{self.cfg.SSOD.OPTIMIZER!r}, or SSOD.LSM.ENABLED and HEAD: {error}"
             ) from error
         logger.info("resumed %s at iteration %d", self.checkpoint, self.model.iteration)
 
@@ -184,6 +184,7 @@ class Trainer:
         seed_step(cfg.SEED, model.iteration)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(cfg, model.iteration)
+        had_teacher = model.teacher_started
         with torch.autocast(self.device.type, torch.bfloat16, enabled=cfg.SOLVER.AMP.ENABLED):
             losses = model(batch.to(self.device, non_blocking=True))
         self.optimizer.zero_grad()
@@ -193,6 +194,8 @@ class Trainer:
             clip_grad_norm_(parameters, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE)
         self.optimizer.step()
         model.after_step()
+        if model.teacher_started and not had_teacher:
+            model.reset_branch_state(self.optimizer)
         return {name: loss.detach() for name, loss in losses.items()}
 
     def _read_metrics(self, losses: dict[str, Tensor]) -> dict[str, float]:

@@ -178,7 +178,7 @@ class TeacherStudent(nn.Module):
         """
         if self.low_resolution is not None:
             for parameter in self.low_resolution.parameters():
-                for value in optimizer.state[parameter].values():
+                for value in optimizer.state.get(parameter, {}).values():
                     if isinstance(value, Tensor):
                         value.zero_()
 

@@ -137,6 +137,15 @@ def test_parts_of_a_batch_add_up_to_the_batch(make_trainer):
         torch.testing.assert_close(gradients[2][name], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_a_second_branch_changes_no_draw_of_the_next_part(make_trainer):
+    keys = ("SSOD.ACCUMULATE_STEPS", 2, "SSOD.BURN_IN_ITERS", 0, "SSOD.LOG_PERIOD", 1)
+    branch = ("SSOD.LSM.ENABLED", True, "SSOD.LSM.ALPHA", 0.05, "SSOD.LSM.WEIGHT", 0)
+    expected = _train(make_trainer(*keys), stop=1)
+    actual = _train(make_trainer(*keys, *branch, "SSOD.LSM.DISTILL_WEIGHT", 0), stop=1)
+    names = [name for name in expected if name.startswith("loss_")]
+    assert {name: actual[name] for name in names} == {name: expected[name] for name in names}
+
+
 def test_split_batch_keeps_order_and_targets(make_trainer):
     trainer = make_trainer("SSOD.BURN_IN_ITERS", 0)
     batch = next(iter(trainer.data_loader))

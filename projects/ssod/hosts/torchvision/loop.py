@@ -92,7 +92,8 @@ class Trainer:
         except ValueError as error:
             raise InputError(
                 f"{self.checkpoint}: its optimizer does not fit SSOD.OPTIMIZER "
-                f"{self.cfg.SSOD.OPTIMIZER!r}, or SSOD.LSM.ENABLED and HEAD: {error}"
+                f"{self.cfg.SSOD.OPTIMIZER!r}: {error}; "
+                "set it, and SSOD.LSM.ENABLED and HEAD, as they were"
             ) from error
         logger.info("resumed %s at iteration %d", self.checkpoint, self.model.iteration)
 

@@ -89,7 +89,7 @@ def _torchvision(config: str, keys: list[str]) -> Host:
 
     def update() -> None:
         if clip.ENABLED:
-            parameters = (p for group in trainer.optimizer.param_groups for p in group["params"])
+            parameters = [p for p in model.parameters() if p.requires_grad]
             clip_grad_norm_(parameters, clip.CLIP_VALUE)
         trainer.optimizer.step()
 

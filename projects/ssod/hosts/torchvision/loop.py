@@ -191,7 +191,7 @@ class Trainer:
         self.optimizer.zero_grad()
         sum(losses.values()).backward()
         if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
-            parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+            parameters = [p for p in model.parameters() if p.requires_grad]
             clip_grad_norm_(parameters, cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE)
         self.optimizer.step()
         model.after_step()

@@ -5,7 +5,7 @@ from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from ssod.core.distributed import get_rank
+from ssod.core.distributed import get_rank, leave_process_group
 from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY, PseudoLabelFilter
 from ssod.core.structures import PseudoLabels, Targets, TwoStreamBatch, Views
 from ssod.data.build import load_run_data
@@ -89,6 +89,7 @@ def train_cases(shapes, output, cases):
     for num_boxes in cases:
         train(shapes, output / f"{comm.get_world_size()}_{num_boxes}.pth", num_boxes)
     sweep(shapes, output / f"{comm.get_world_size()}_sweep.pth")
+    leave_process_group()
 
 
 def sweep(shapes, output):

@@ -16,6 +16,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from PIL import Image
 
+from ssod.core.distributed import leave_process_group
 from ssod.errors import InputError
 from ssod.evaluation.coco_metrics import coco_metrics
 from ssod.hosts.detectron2 import evaluation
@@ -145,6 +146,7 @@ def _measure_on_a_rank(root):
     own = list(TRUTH)[comm.get_rank() :: comm.get_world_size()]
     results = _measure(evaluator, {i: _perfect(TRUTH)[i] for i in own})
     (root / f"results_{comm.get_rank()}.json").write_text(json.dumps(results))
+    leave_process_group()
 
 
 def test_two_ranks_measure_the_whole_set_together(tmp_path):

@@ -7,6 +7,7 @@ from PIL import Image
 
 from ssod.cli.main import main
 from ssod.hosts.detectron2 import experiment
+from ssod.hosts.detectron2.run import Run
 from tiny_detectron2 import tiny_config
 
 
@@ -14,7 +15,9 @@ from tiny_detectron2 import tiny_config
 def finished(shapes, tmp_path_factory):
     """Folder of a finished run; not to be changed."""
     output = tmp_path_factory.mktemp("finished") / "run"
-    experiment.train(tiny_config(shapes, output), "training")
+    cfg = tiny_config(shapes, output)
+    Run(cfg).train()
+    (output / "config.yaml").write_text(cfg.dump())
     return output
 
 

@@ -20,7 +20,7 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
 from ssod.config import merge_config
-from ssod.core.distributed import get_rank, get_world_size
+from ssod.core.distributed import get_rank, get_world_size, leave_process_group
 from ssod.errors import InputError
 from ssod.evaluation.report import format_table
 from ssod.hosts.detectron2.config import get_config, scale_to_world_size
@@ -88,6 +88,7 @@ def _work(args: argparse.Namespace) -> None:
     """Work as one of the processes."""
     try:
         main(args)
+        leave_process_group()
     except InputError as error:
         if get_world_size() == 1:
             raise

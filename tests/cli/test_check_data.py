@@ -50,6 +50,28 @@ def test_whole_set_is_described_without_a_problem(check, shapes):
     assert rows["circle"][-1] == str(circles)
 
 
+def test_a_file_that_a_split_puts_on_both_sides_is_an_error(check, copy):
+    """The labels are split by image id, so a file under two ids may leak."""
+    path = copy / "annotations" / "labeled.json"
+    content = json.loads(path.read_text())
+    content["images"] += [image | {"id": image["id"] + 1000} for image in content["images"]]
+    path.write_text(json.dumps(content))
+    keys = (*_keys(copy), "SSOD.DATA.PERCENT", 50, *HIDDEN)
+    keys += ("SSOD.DATA.UNLABELED_JSON", "", "SSOD.DATA.UNLABELED_IMAGES", "")
+    status, out, _ = check(*keys)
+    assert status == 1
+    assert "labeled as well: remove it from one of the two" in out
+    rows = {line.split("  ")[0]: line.split() for line in out.splitlines() if line}
+    assert rows["labeled"][1] == rows["unlabeled"][1] == str(SPEC.num_labeled)
+
+
+def test_an_unlabeled_source_that_cannot_be_read_is_one_error(check, tmp_path):
+    (tmp_path / "empty").mkdir()
+    keys = ("SSOD.DATA.UNLABELED_JSON", "", "SSOD.DATA.UNLABELED_IMAGES", tmp_path / "empty")
+    status, out, _ = check(*keys, *HIDDEN)
+    assert status == 1 and "\n1 errors\n" in out
+
+
 def test_every_problem_is_shown_at_once(check, copy):
     path = copy / "annotations" / "labeled.json"
     content = json.loads(path.read_text())

@@ -177,7 +177,29 @@ def test_check_of_a_pair(source, tmp_path, capsys):
     assert _split("--check", two, rest) == 2
     assert "leak: " in _error(capsys)
     assert _split(two, "--check", one, rest) == 2
-    assert re.search(r"set\.1@20\.json: \d of 6 image ids are not in .*set\.2@20", _error(capsys))
+    assert re.search(r"set\.1@20\.json: \d of 6 images are not in .*set\.2@20", _error(capsys))
+    # The same ids, but other files.
+    content = json.loads(source.read_bytes())
+    for image in content["images"]:
+        image["file_name"] = f"other/{image['file_name']}"
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(content))
+    assert _split(other, "--check", one, rest) == 2
+    assert "6 of 6 images are not in" in _error(capsys)
+
+
+@pytest.mark.parametrize(
+    "option", [["--truth"], ["--stratified"], ["--overwrite"], ["--output", "x"]]
+)
+def test_a_check_takes_no_option_of_a_split(source, option, capsys):
+    assert _split("--check", source, source, *option) == 2
+    assert "--check writes nothing" in _error(capsys)
+
+
+def test_folds_are_not_negative(source, capsys):
+    with pytest.raises(SystemExit):
+        _split(source, "--percent", 20, "--fold", "-1")
+    assert "--fold: must be a number from 0, got '-1'" in capsys.readouterr().err
 
 
 def test_check_tells_of_annotations_in_the_unlabeled_file(source, tmp_path, capsys):

@@ -139,6 +139,13 @@ def test_same_content_under_another_name_is_found(tmp_path):
     findings = Findings()
     check_overlap({"labeled": of("aec"), "val": of("d")}, _scan(of("aecd")), findings)
     assert not findings.errors and list(map(len, findings.warnings.values())) == [1]
+    # Images that are unlabeled and measured on: the same file, and a copy of it.
+    findings = Findings()
+    check_overlap({"unlabeled": of("ab"), "val": of("ae")}, _scan(of("abe")), findings)
+    assert not findings.errors
+    assert [message.split(" (")[0] for message in findings.warnings["images in two sets"]] == [
+        str(tmp_path / f"{letter}.png") for letter in "ae"
+    ]
 
 
 def test_broken_files_are_not_the_same_image(tmp_path):

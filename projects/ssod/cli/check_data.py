@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fvcore.common.config import CfgNode
@@ -54,10 +55,10 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, and print the tables and the problems; 1 if there are errors."""
     name = read_host(args.config_file, args.opts)
-    cfg = merge_config(import_host(name).get_config(), args.config_file, args.opts)
-    is_detectron2 = name == "detectron2"
+    host = import_host(name)
+    cfg = merge_config(host.get_config(), args.config_file, args.opts)
     findings = Findings()
-    sets = _read_sets(cfg, is_detectron2, findings)
+    sets = _read_sets(cfg, name == "detectron2", findings)
     file_names = [name for dataset in sets.values() for name in dataset.file_names]
     with tqdm(total=len(file_names), unit="image", dynamic_ncols=True, delay=0.5) as bar:
         facts = scan_files(file_names, cfg.DATALOADER.NUM_WORKERS, bar.update)
@@ -68,11 +69,9 @@ def run(args: argparse.Namespace) -> int:
     # The hidden truth is about the unlabeled images.
     distinct = {name: dataset for name, dataset in sets.items() if name != "hidden truth"}
     check_overlap(distinct, facts, findings)
-    if is_detectron2 and not findings.errors:
-        from ssod.hosts.detectron2.data import load_run_data
-
-        # It asks for more: what its evaluators need, and names in the catalog that go together.
-        _try(lambda: load_run_data(cfg), _CONFIG, findings)
+    if not findings.errors:
+        # What a run asks for on top, such as what the evaluators of its host need.
+        _try(lambda: host.load_run_data(cfg), _CONFIG, findings)
     _print_tables(sets)
     limit = sys.maxsize if args.all else _SHOWN
     _print_problems("errors", findings.errors, limit)
@@ -105,6 +104,10 @@ def _read_sets(
     if sets.labeled is not None:
         for error in build.find_conflicts(cfg, sets, names):
             findings.errors[_CONFIG].append(str(error))
+        if cfg.SSOD.DATA.PERCENT and sets.unlabeled is None:
+            split = _try(lambda: build.split_labeled(cfg, sets.labeled), _CONFIG, findings)
+            labeled, unlabeled = split or (sets.labeled, None)
+            sets = replace(sets, labeled=labeled, unlabeled=unlabeled)
     found = (sets.labeled, sets.unlabeled, sets.val, sets.hidden_truth)
     names = ("labeled", "unlabeled", "validation", "hidden truth")
     return {name: dataset for name, dataset in zip(names, found, strict=True) if dataset}

@@ -16,6 +16,7 @@ from ssod.data.split_files import (
     Split,
     check_pair,
     count_boxes,
+    find_unknown,
     hash_ids,
     read_source,
     read_unbiased_teacher,
@@ -72,7 +73,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="write the folds 1 to N; fold F is the split of seed F (default: %(default)s)",
     )
-    folds.add_argument("--fold", type=int, metavar="F", help="write this fold only")
+    folds.add_argument("--fold", type=_fold, metavar="F", help="write this fold only")
     method = parser.add_mutually_exclusive_group()
     method.add_argument(
         "--stratified",
@@ -124,6 +125,12 @@ def _number_of_folds(text: str) -> int:
     return int(text)
 
 
+def _fold(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
+    return int(text)
+
+
 def run(args: argparse.Namespace) -> None:
     """Write the splits, or check one."""
     if bool(args.check) == bool(args.percent) or not (args.check or args.source):
@@ -131,6 +138,8 @@ def run(args: argparse.Namespace) -> None:
             "name an annotation file and --percent to split it, or --check and two files"
         )
     if args.check:
+        if args.truth or args.output or args.overwrite or args.stratified or args.unbiased_teacher:
+            raise InputError("--check writes nothing: leave out all options but the files")
         _check(*args.check, args.source)
         return
     path = Path(args.source)
@@ -247,12 +256,12 @@ def _check(labeled_path: str, unlabeled_path: str, source_path: str | None) -> N
     if source_path:
         source = load_coco(source_path)
         for path, part in ((labeled_path, labeled), (unlabeled_path, unlabeled)):
-            unknown = part.images.keys() - source.images.keys()
+            unknown = find_unknown(part, source)
             if unknown:
                 raise InputError(
-                    f"{path}: {len(unknown)} of {len(part.images)} image ids are not in "
-                    f"{source_path}, among them {min(unknown, key=str)!r}: was the split made of "
-                    "another file?"
+                    f"{path}: {len(unknown)} of {len(part.images)} images are not in "
+                    f"{source_path} with this id and file name, among them "
+                    f"{min(unknown, key=str)!r}: was the split made of another file?"
                 )
         absent = len(source.images) - len(labeled.images) - len(unlabeled.images)
         print(f"{absent} images of {source_path} are in neither file")

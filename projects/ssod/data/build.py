@@ -160,10 +160,8 @@ def make_run_data(cfg: CfgNode, sets: RunData, names: tuple[str, str, str]) -> R
     data = cfg.SSOD.DATA
     labeled, unlabeled, hidden_truth = sets.labeled, sets.unlabeled, sets.hidden_truth
     if data.PERCENT:
-        ids = set(make_split(labeled.image_ids, data.PERCENT, data.SPLIT_SEED))
-        unlabeled = labeled.select([i for i in labeled.image_ids if i not in ids])
+        labeled, unlabeled = split_labeled(cfg, labeled)
         hidden_truth = unlabeled
-        labeled = labeled.select([i for i in labeled.image_ids if i in ids])
     if unlabeled is not None:
         check_disjoint(labeled, unlabeled)
     if sets.val is not None:
@@ -176,6 +174,15 @@ def make_run_data(cfg: CfgNode, sets: RunData, names: tuple[str, str, str]) -> R
         len(sets.val) if sets.val else "none",
     )
     return RunData(labeled, unlabeled, sets.val, hidden_truth)
+
+
+def split_labeled(
+    cfg: CfgNode, labeled: DetectionDataset
+) -> tuple[DetectionDataset, DetectionDataset]:
+    """Split by `SSOD.DATA.PERCENT`: images that keep their labels, and the others."""
+    data = cfg.SSOD.DATA
+    ids = set(make_split(labeled.image_ids, data.PERCENT, data.SPLIT_SEED))
+    return labeled.select(ids), labeled.select(i for i in labeled.image_ids if i not in ids)
 
 
 def find_conflicts(
@@ -207,7 +214,10 @@ def find_conflicts(
         yield InputError(
             "SSOD.DATA.UNLABELED_PER_BATCH must be at least 1 while SSOD.UNSUP_LOSS_WEIGHT is not 0"
         )
-    if cfg.SSOD.UNSUP_LOSS_WEIGHT > 0 and unlabeled is None and not data.PERCENT:
+    # Of the keys, as `ssod check-data` goes on without a set that it could not read.
+    has_unlabeled = data.PERCENT or data.UNLABELED_JSON or data.UNLABELED_INDEX
+    has_unlabeled = has_unlabeled or data.UNLABELED_IMAGES or unlabeled is not None
+    if cfg.SSOD.UNSUP_LOSS_WEIGHT > 0 and not has_unlabeled:
         yield InputError(
             "no unlabeled images: set SSOD.DATA.UNLABELED_IMAGES or SSOD.DATA.PERCENT, or "
             "SSOD.UNSUP_LOSS_WEIGHT 0 for supervised training"

@@ -101,6 +101,8 @@ class DetectionDataset:
         category_ids: K ids that the classes have in the annotation file.
         image_ids: N ids.
         file_names: N absolute paths.
+        sizes: (N, 2) int32 height and width in pixels.
+        box_counts: (N,) int32 boxes of each image.
         aspect_ratios: (N,) float32 width / height.
         class_counts: (K,) int64 boxes of each class.
     """
@@ -125,16 +127,16 @@ class DetectionDataset:
                 boxes.frombytes(np.asarray(record.boxes, np.float32).tobytes())
                 classes.frombytes(np.asarray(record.classes, np.int64).tobytes())
         # As they are, not copied.
-        self._sizes = np.frombuffer(sizes, np.int32).reshape(-1, 2)
+        self.sizes = np.frombuffer(sizes, np.int32).reshape(-1, 2)
         self._set_boxes(
             np.frombuffer(boxes, np.float32).reshape(-1, 4),
             np.frombuffer(classes, np.int64),
             np.frombuffer(counts, np.int32),
         )
-        self.aspect_ratios = (self._sizes[:, 1] / self._sizes[:, 0]).astype(np.float32)
+        self.aspect_ratios = (self.sizes[:, 1] / self.sizes[:, 0]).astype(np.float32)
 
     def _set_boxes(self, boxes: np.ndarray, classes: np.ndarray, counts: np.ndarray) -> None:
-        self._boxes, self._classes, self._counts = boxes, classes, counts
+        self._boxes, self._classes, self.box_counts = boxes, classes, counts
         self._starts = np.cumsum(counts) - counts
         self.class_counts = np.bincount(classes, minlength=self.num_classes)
 
@@ -153,8 +155,8 @@ class DetectionDataset:
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> ImageRecord:
-        rows = slice(self._starts[index], self._starts[index] + self._counts[index])
-        height, width = self._sizes[index].tolist()
+        rows = slice(self._starts[index], self._starts[index] + self.box_counts[index])
+        height, width = self.sizes[index].tolist()
         return ImageRecord(
             self.image_ids[index],
             self.file_names[index],
@@ -183,8 +185,8 @@ class DetectionDataset:
                 "another annotation file?"
             )
         selected.file_names = self.file_names.select(keep)
-        selected._sizes = self._sizes[keep]
+        selected.sizes = self.sizes[keep]
         selected.aspect_ratios = self.aspect_ratios[keep]
-        rows = np.repeat(keep, self._counts)
-        selected._set_boxes(self._boxes[rows], self._classes[rows], self._counts[keep])
+        rows = np.repeat(keep, self.box_counts)
+        selected._set_boxes(self._boxes[rows], self._classes[rows], self.box_counts[keep])
         return selected

@@ -199,6 +199,15 @@ def count_boxes(annotations: Iterable[dict[str, Any]], names: dict[int, str]) ->
     return {name: number for name, number in boxes.items() if number}
 
 
+def find_unknown(part: CocoFile, source: CocoFile) -> list[int | str]:
+    """Return the ids of images that another file does not list with this id and file name."""
+    return [
+        image_id
+        for image_id, entry in part.images.items()
+        if image_id not in source.images or _file(source.images[image_id]) != _file(entry)
+    ]
+
+
 def check_pair(labeled: CocoFile, unlabeled: CocoFile) -> None:
     """
     Make sure that no image is in both parts of a split, neither by its id nor by its file name.

@@ -9,10 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from fvcore.common.config import CfgNode
-from tqdm import tqdm
 
-from ssod.cli.common import import_host
-from ssod.config import merge_config, read_host
+from ssod.cli.common import read_config
 from ssod.data import build
 from ssod.data.build import RunData
 from ssod.data.check import (
@@ -26,6 +24,7 @@ from ssod.data.check import (
 from ssod.data.datasets import DetectionDataset
 from ssod.errors import InputError
 from ssod.evaluation.report import format_table
+from ssod.hosts.progress import progress_bar
 
 _SHOWN = 10  # problems of each kind
 _LABELED = ("labeled", "validation", "hidden truth")
@@ -54,13 +53,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check, and print the tables and the problems; 1 if there are errors."""
-    name = read_host(args.config_file, args.opts)
-    host = import_host(name)
-    cfg = merge_config(host.get_config(), args.config_file, args.opts)
+    host, cfg = read_config(args)
     findings = Findings()
-    sets = _read_sets(cfg, name == "detectron2", findings)
+    sets = _read_sets(cfg, findings)
     file_names = [name for dataset in sets.values() for name in dataset.file_names]
-    with tqdm(total=len(file_names), unit="image", dynamic_ncols=True, delay=0.5) as bar:
+    with progress_bar(total=len(file_names), unit="image", delay=0.5) as bar:
         facts = scan_files(file_names, cfg.DATALOADER.NUM_WORKERS, bar.update)
     for name, dataset in sets.items():
         check_files(name, dataset, facts, findings)
@@ -88,11 +85,9 @@ def _try(read: Callable[[], Any], kind: str, findings: Findings) -> Any:
         return None
 
 
-def _read_sets(
-    cfg: CfgNode, is_detectron2: bool, findings: Findings
-) -> dict[str, DetectionDataset]:
+def _read_sets(cfg: CfgNode, findings: Findings) -> dict[str, DetectionDataset]:
     """Return the sets that can be read, by their names, in which broken entries are left out."""
-    if is_detectron2 and (cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):
+    if cfg.SSOD.HOST == "detectron2" and (cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):
         from ssod.hosts.detectron2.data import read_sets
 
         # Sets of the catalog are read by Detectron2, which stops at the first problem.

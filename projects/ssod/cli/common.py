@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 import sys
@@ -9,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from fvcore.common.config import CfgNode
+
+from ssod.config import merge_config, read_host
 from ssod.errors import InputError
 
 
@@ -44,6 +48,12 @@ def import_host(name: str) -> ModuleType:
             f"SSOD.HOST {name} needs the module {error.name}: install the extra with "
             f"`uv sync --extra {name}`"
         ) from error
+
+
+def read_config(args: argparse.Namespace) -> tuple[ModuleType, CfgNode]:
+    """Return the host of `--config-file` and overrides, and the config; errors as theirs."""
+    host = import_host(read_host(args.config_file, args.opts))
+    return host, merge_config(host.get_config(), args.config_file, args.opts)
 
 
 def find_weights(host: ModuleType, weights: str) -> Path:

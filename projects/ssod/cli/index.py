@@ -5,16 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from pathlib import Path
-
-from tqdm import tqdm
 
 from ssod.data.datasets import find_images, read_sizes
 from ssod.data.index import can_be_listed, write_index
 from ssod.data.splits import make_split
 from ssod.errors import InputError
 from ssod.hosts.files import replacing
+from ssod.hosts.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -81,8 +79,7 @@ def _choose(root: str, percent: float, seed: int) -> tuple[list[str], int]:
 def _read(root: str, names: list[str]) -> list[tuple[str, int, int]]:
     """Return path, height and width of each image that can be read; report the others."""
     images, failures = [], []
-    interval = 0.1 if sys.stderr.isatty() else 30
-    bar = tqdm(names, desc=root, unit="image", dynamic_ncols=True, delay=0.5, mininterval=interval)
+    bar = progress_bar(names, desc=root, unit="image", delay=0.5)
     for name, size in zip(bar, read_sizes(root, names), strict=True):
         if isinstance(size, InputError):
             failures.append(size)

@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
-from tqdm import tqdm
 
 from ssod.cli.common import find_weights, import_host
 from ssod.config import merge_config, read_host
@@ -29,6 +27,7 @@ from ssod.hosts.checkpoint import load_run
 from ssod.hosts.experiment import CONFIG_NAME
 from ssod.hosts.files import replacing
 from ssod.hosts.inference import find
+from ssod.hosts.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -154,13 +153,11 @@ def _predict(
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     device = next(detector.parameters()).device
-    progress = tqdm(
+    progress = progress_bar(
         find(detector, dataset, cfg, device, skip_broken=True),
         total=len(dataset),
         desc="predicting",
         unit="image",
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
     )
     for record, found in progress:
         found = found[found.scores >= args.score_thresh]

@@ -6,9 +6,8 @@ import argparse
 from dataclasses import fields
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ssod.data.shapes import ShapesSpec, ensure_shapes
+from ssod.hosts.progress import progress_bar
 
 _HELP = {
     "num_labeled": "labeled images",
@@ -35,7 +34,7 @@ def add_spec_arguments(parser: argparse.ArgumentParser, leave_out: tuple[str, ..
 
 def make_shapes(root: str | Path, spec: ShapesSpec) -> bool:
     """Make the set with a progress bar; False if an equal one was there."""
-    with tqdm(desc=f"Shapes in {root}", unit="image", dynamic_ncols=True, delay=0.5) as bar:
+    with progress_bar(desc=f"Shapes in {root}", unit="image", delay=0.5) as bar:
 
         def progress(done: int, total: int) -> None:
             bar.total = total

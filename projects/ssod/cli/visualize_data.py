@@ -14,8 +14,7 @@ import numpy as np
 from fvcore.common.config import CfgNode
 from PIL import Image
 
-from ssod.cli.common import find_weights, import_host
-from ssod.config import merge_config, read_host
+from ssod.cli.common import find_weights, read_config
 from ssod.core.structures import PseudoLabels
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import RunData, build_train_loader
@@ -70,8 +69,7 @@ def run(args: argparse.Namespace) -> None:
     """Draw, and print what was drawn."""
     if args.num_images < 1:
         raise InputError(f"--num-images must be at least 1, got {args.num_images}")
-    host = import_host(read_host(args.config_file, args.opts))
-    cfg = merge_config(host.get_config(), args.config_file, args.opts)
+    host, cfg = read_config(args)
     data = host.load_run_data(cfg)
     if data.unlabeled is not None and data.hidden_truth is not None:
         data = replace(data, unlabeled=_with_boxes(data.unlabeled, data.hidden_truth))

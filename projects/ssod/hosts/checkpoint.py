@@ -92,18 +92,29 @@ def load_teacher_student(model: TeacherStudent, state: dict[str, Any], path: str
     load_matching(model, state, path)
 
 
-def load_run(model: TeacherStudent, path: str | Path) -> dict[str, Any]:
+def read_run(path: str | Path) -> dict[str, Any]:
     """
-    Load what a run has trained, to use it; returns the whole checkpoint.
+    Read a checkpoint of a run, whose `model` has student and teacher.
 
     Raises:
-        InputError: if the file is not a checkpoint of a run, and as `load_matching`.
+        InputError: if it is of something else, and as `read_checkpoint`.
     """
     state = read_checkpoint(path)
     weights = state.get("model")
     if not isinstance(weights, dict) or "_extra_state" not in weights:
         raise InputError(f"{path}: expected a checkpoint of a run, which has student and teacher")
-    load_teacher_student(model, weights, path)
+    return state
+
+
+def load_run(model: TeacherStudent, path: str | Path) -> dict[str, Any]:
+    """
+    Load what a run has trained, to use it; returns the whole checkpoint.
+
+    Raises:
+        InputError: as `read_run` and `load_matching`.
+    """
+    state = read_run(path)
+    load_teacher_student(model, state["model"], path)
     return state
 
 

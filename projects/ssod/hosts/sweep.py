@@ -7,12 +7,10 @@ Shape shorthand: K foreground classes.
 from __future__ import annotations
 
 import logging
-import sys
 
 import numpy as np
 import torch
 from fvcore.common.config import CfgNode
-from tqdm import tqdm
 
 from ssod.core.adaptive_threshold import AdaptiveClassThreshold
 from ssod.core.distributed import get_rank, get_world_size
@@ -20,6 +18,7 @@ from ssod.core.running_stats import gather_by_sum
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import RunData
 from ssod.hosts.inference import find
+from ssod.hosts.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -57,14 +56,13 @@ def sweep_if_due(model: TeacherStudent, data: RunData, cfg: CfgNode, device: tor
     block = torch.zeros(places + 1, 2, device=device)
     block[:, 1] = data.labeled.num_classes
     images = find(model.teacher, unlabeled.select(mine), cfg, device, skip_broken=True)
-    progress = tqdm(
+    progress = progress_bar(
         images,
         total=len(mine),
         desc=f"sweep at iteration {model.iteration}",
         unit="image",
         disable=get_rank() > 0,
         leave=False,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
     )
     found = [detections for _, detections in progress]
     if found:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import sys
 from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
-from tqdm import tqdm
 
 from ssod.hosts.detectron2.config import check_config, get_config
 from ssod.hosts.detectron2.data import load_run_data
@@ -20,6 +18,7 @@ from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
 from ssod.hosts.detectron2.run import Run, build_checked, find_checkpoint
 from ssod.hosts.experiment import CONFIG_NAME, FinishedRun, check_same_config, copy_file
 from ssod.hosts.metric_log import LOG_NAME, read_metrics
+from ssod.hosts.progress import progress_bar
 
 __all__ = [
     "branch",
@@ -45,10 +44,7 @@ def train(cfg: CfgNode, title: str) -> FinishedRun:
     run.output.mkdir(parents=True, exist_ok=True)
     (run.output / CONFIG_NAME).write_text(cfg.dump())
     done, total = run.model.iteration, cfg.SOLVER.MAX_ITER
-    interval = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(
-        total=total, initial=done, desc=title, unit="it", dynamic_ncols=True, mininterval=interval
-    ) as bar:
+    with progress_bar(total=total, initial=done, desc=title, unit="it") as bar:
         progress = hooks.CallbackHook(after_step=lambda trainer: bar.update())
         with contextlib.redirect_stdout(io.StringIO()):
             results = run.train([progress])

@@ -10,7 +10,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from ssod.errors import InputError
-from ssod.hosts.checkpoint import load_matching, read_checkpoint
+from ssod.hosts.checkpoint import load_matching, read_run
 from ssod.hosts.detectron2.weights import detector_state
 from ssod.hosts.files import replacing
 
@@ -83,9 +83,7 @@ def export_detector(
 
 
 def _read_detector(path: str | Path, which: Literal["teacher", "student"]) -> dict:
-    state = read_checkpoint(path).get("model")
-    if not isinstance(state, dict) or "_extra_state" not in state:
-        raise InputError(f"{path}: expected a checkpoint of a run, which has student and teacher")
+    state = read_run(path)["model"]
     iteration, teacher_started = state["_extra_state"].tolist()
     if which == "teacher" and not teacher_started:
         raise InputError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 import time
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +32,7 @@ from ssod.hosts.monitor import (
     divide_sums,
     monitor_pseudo_labels,
 )
+from ssod.hosts.progress import progress_bar
 from ssod.hosts.sweep import sweep_if_due, tell_labels
 from ssod.hosts.torchvision.build import build_model, select_device
 from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME, save_checkpoint
@@ -164,13 +164,11 @@ class Trainer:
         return self.data.val is not None and self._is_due(self.cfg.TEST.EVAL_PERIOD)
 
     def _progress_bar(self, title: str) -> tqdm:
-        return tqdm(
+        return progress_bar(
             total=self.cfg.SOLVER.MAX_ITER,
             initial=self.model.iteration,
             desc=title,
             unit="it",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
         )
 
     def _is_due(self, period: int) -> bool:
@@ -239,11 +237,11 @@ class Trainer:
         if self.model.teacher_started:
             detectors["teacher"] = self.model.teacher
         (self.output / "inference").mkdir(parents=True, exist_ok=True)
+        truth = self.cfg.SSOD.DATA.VAL_JSON or to_coco(self.data.val)
         for name, detector in detectors.items():
             results = detect(detector, self.data.val, self.cfg, self.device)
             path = self.output / "inference" / f"coco_instances_results_{name}.json"
             path.write_text(json.dumps(results))
-            truth = self.cfg.SSOD.DATA.VAL_JSON or to_coco(self.data.val)
             values = coco_metrics(truth, results)
             metrics |= {f"{name}/{key}": value for key, value in values.items()}
         quality = monitor_pseudo_labels(self.model, self._monitored, self.cfg, self.device)

@@ -246,7 +246,7 @@ class Run:
 
     def _build_trainer(self) -> TeacherStudentTrainer:
         cfg, is_cuda = self.cfg, self.device.type == "cuda"
-        optimizer = build_optimizer(cfg, self.model.student)
+        optimizer = build_optimizer(cfg, self.model)
         loader = build_train_loader(
             cfg,
             self.data,

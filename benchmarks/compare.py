@@ -16,14 +16,12 @@ from statistics import mean, stdev
 
 from fvcore.common.config import CfgNode
 
-from ssod.cli.common import run_command
+from ssod.cli.common import import_host, run_command
 from ssod.cli.quickstart import data_keys
 from ssod.cli.shapes import make_shapes
-from ssod.config import merge_config
+from ssod.config import merge_config, read_host
 from ssod.data.shapes import ShapesSpec
 from ssod.evaluation.report import format_table
-from ssod.hosts.torchvision import experiment
-from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
 
 CONTROL = "control"
 RESERVED = (CONTROL, "burn_in", "shapes")  # folders of a seed
@@ -35,7 +33,7 @@ QUALITY = {
     "boxes/image": "pseudo/boxes_per_image",
     "KL": "pseudo/class_kl",
 }
-METRICS = ("AP", "AP_S", "AP_M", "AP_L", "AR100")
+METRICS = ("AP", "AP_S", "AP_M", "AP_L", "AR100")  # Detectron2 does not measure the last one
 COLUMNS = ("config", *METRICS, "gain in AP", "gain of each seed", *QUALITY)
 
 
@@ -43,14 +41,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("configs", nargs="+", metavar="FILE", help="YAML configs, torchvision host")
+    parser.add_argument("configs", nargs="+", metavar="FILE", help="YAML configs of one host")
     parser.add_argument("--output", default="output/compare", metavar="DIR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="for all configs"
+    )
     args = parser.parse_args()
     names = [Path(config).stem for config in args.configs]
     if len({*names, *RESERVED}) < len(names) + len(RESERVED):
         parser.error(f"configs need different names, other than {RESERVED}, got {names}")
-    tables = [run_seed(args.configs, Path(args.output), seed) for seed in args.seeds]
+    tables = [run_seed(args.configs, Path(args.output), seed, args.opts) for seed in args.seeds]
     print(format_table(summarize(tables), COLUMNS))
     print("\nprecision / recall of pseudo-labels at each evaluation, mean over seeds")
     for name in (name for name in tables[0] if name != CONTROL):
@@ -59,33 +60,34 @@ def main() -> None:
         print(f"{name:16s}", "   ".join(values))
 
 
-def run_seed(configs: list[str], root: Path, seed: int) -> dict[str, dict]:
+def run_seed(configs: list[str], root: Path, seed: int, opts: list[str]) -> dict[str, dict]:
     """Return the results of each config on one seed's images and initial weights."""
     output = root / f"seed_{seed}"
     shapes = output / "shapes"
     make_shapes(shapes, ShapesSpec(seed=seed))
+    host = import_host(read_host(configs[0], opts))
 
     def configure(config: str, run: str, *extra: object) -> CfgNode:
-        keys = [*data_keys(shapes), "SEED", seed, "OUTPUT_DIR", output / run, *extra]
-        cfg = merge_config(experiment.get_config(), config, [str(key) for key in keys])
+        keys = [*data_keys(shapes), "SEED", seed, "OUTPUT_DIR", output / run, *opts, *extra]
+        cfg = merge_config(host.get_config(), config, [str(key) for key in keys])
         cfg.freeze()
         return cfg
 
     first = configure(configs[0], "")
     burn_in, total = first.SSOD.BURN_IN_ITERS, first.SOLVER.MAX_ITER
-    experiment.train(
+    host.train(
         configure(configs[0], "burn_in", "SOLVER.MAX_ITER", burn_in, *NO_UNLABELED),
         f"seed {seed}: burn-in",
     )
-    start = ("MODEL.WEIGHTS", output / "burn_in" / CHECKPOINT_NAME, "SSOD.BURN_IN_ITERS", 0)
+    start = ("MODEL.WEIGHTS", host.last_checkpoint(output / "burn_in"), "SSOD.BURN_IN_ITERS", 0)
     start += ("SOLVER.MAX_ITER", total - burn_in)
     rows = [(CONTROL, configs[0], NO_UNLABELED)]
     rows += [(Path(config).stem, config, ()) for config in configs]
     results = {}
     for name, config, extra in rows:
         cfg = configure(config, name, *start, *extra)
-        finished = experiment.train(cfg, f"seed {seed}: {name}")
-        lines = [line for line in experiment.read_log(cfg) if "pseudo/precision" in line]
+        finished = host.train(cfg, f"seed {seed}: {name}")
+        lines = [line for line in host.read_log(cfg) if "pseudo/precision" in line]
         results[name] = {
             "results": finished.results,
             "history": [(line["pseudo/precision"], line["pseudo/recall"]) for line in lines],
@@ -102,7 +104,8 @@ def summarize(tables: list[dict[str, dict]]) -> list[dict[str, str]]:
         controls = [table[CONTROL]["results"] for table in tables]
         gains = [r["teacher/AP"] - c["teacher/AP"] for r, c in zip(results, controls, strict=True)]
         row = dict.fromkeys(COLUMNS, "") | {"config": name}
-        row |= {metric: _spread([r[f"teacher/{metric}"] for r in results]) for metric in METRICS}
+        found = [metric for metric in METRICS if f"teacher/{metric}" in results[0]]
+        row |= {metric: _spread([r[f"teacher/{metric}"] for r in results]) for metric in found}
         if name != CONTROL:
             row["gain in AP"] = _spread(gains, sign="+")
             row["gain of each seed"] = ", ".join(f"{gain:+.1f}" for gain in gains)

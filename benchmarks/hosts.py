@@ -80,7 +80,7 @@ def build_host(config: str, root: Path, max_iter: int, opts: list[str]) -> Host:
 
 
 def _torchvision(config: str, keys: list[str]) -> Host:
-    from ssod.hosts.torchvision.config import get_config
+    from ssod.hosts.torchvision.defaults import get_config
     from ssod.hosts.torchvision.loop import Trainer
 
     cfg = merge_config(get_config(), config, keys)
@@ -111,7 +111,7 @@ def _detectron2(config: str, keys: list[str]) -> Host:
     try:
         from detectron2.utils.events import EventStorage
 
-        from ssod.hosts.detectron2.config import get_config
+        from ssod.hosts.detectron2.defaults import get_config
         from ssod.hosts.detectron2.run import Run
         from ssod.hosts.torchvision.solver import learning_rate
     except ModuleNotFoundError as error:

@@ -32,7 +32,7 @@ from ssod.cli.main import main as ssod
 from ssod.config import merge_config
 from ssod.data.build import build_train_loader, load_run_data
 from ssod.data.shapes import ShapesSpec, write_shapes
-from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.defaults import get_config
 
 FOLDER_SIZE = 1000  # images
 WORKERS = 4

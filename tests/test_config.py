@@ -6,7 +6,7 @@ import pytest
 import ssod
 from ssod.config import merge_config, read_host
 from ssod.errors import InputError
-from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.defaults import get_config
 
 PACKAGE = Path(ssod.__file__).parent
 SHIPPED = sorted((PACKAGE.parents[1] / "configs").rglob("*.yaml"))

@@ -5,7 +5,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from ssod.config import merge_config
-from ssod.hosts.detectron2.config import get_config
+from ssod.hosts.detectron2.defaults import get_config
 from tiny_run import OPTIONS, data_options
 
 CHANGES = {

@@ -9,8 +9,8 @@ from ssod.config import merge_config
 from ssod.data.shapes import ShapesSpec
 from ssod.hosts.metric_log import read_metrics
 from ssod.hosts.torchvision import loop
-from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
-from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.defaults import get_config
+from ssod.hosts.torchvision.weights import CHECKPOINT_NAME
 
 SPEC = ShapesSpec(num_labeled=6, num_unlabeled=6, num_val=4, image_size=64)
 BURN_IN_ITERS, MAX_ITER, EVAL_PERIOD = 2, 5, 3

@@ -8,7 +8,7 @@ import pytest
 from ssod.cli.main import main
 from ssod.data.build import load_run_data
 from ssod.data.split_files import hash_ids
-from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.defaults import get_config
 
 NUM_IMAGES = 30
 

@@ -9,8 +9,8 @@ import pytest
 import ssod
 from ssod.cli.train import build_parser, format_results, main
 from ssod.hosts.metric_log import LOG_NAME
-from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
 from ssod.hosts.torchvision.loop import CONFIG_NAME
+from ssod.hosts.torchvision.weights import CHECKPOINT_NAME
 from tiny_run import MAX_ITER, read_lines, snapshot, tiny_options
 
 SCRIPT = Path(ssod.__file__).parents[2] / "train_net.py"

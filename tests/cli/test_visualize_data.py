@@ -12,8 +12,8 @@ from ssod.data.build import build_train_loader, load_run_data
 from ssod.data.loader import first_samples
 from ssod.evaluation.drawing import PALETTE, TRUTH_COLOR
 from ssod.hosts.checkpoint import load_run
-from ssod.hosts.torchvision import experiment
-from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
+from ssod.hosts.torchvision import host
+from ssod.hosts.torchvision.weights import CHECKPOINT_NAME
 from tiny_run import BURN_IN_ITERS, data_options, tiny_config
 
 
@@ -73,7 +73,7 @@ def test_tables_have_the_counts_of_the_training(visualize, first_run, shapes, tm
 
     cfg = tiny_config(shapes, tmp_path)
     batch = next(iter(build_train_loader(cfg, load_run_data(cfg), BURN_IN_ITERS)))
-    model = experiment.build(cfg)
+    model = host.build(cfg)
     load_run(model, first_run / CHECKPOINT_NAME)
     pseudo = model.eval().pseudo_labels(batch.unlabeled.weak)
     truth = json.loads((shapes / "annotations" / "unlabeled_truth.json").read_text())

@@ -13,7 +13,7 @@ from ssod.core.self_distillation import SelfDistillation
 from ssod.core.structures import PseudoLabels, Targets, TwoStreamBatch, Views
 from ssod.core.teacher_student import TeacherStudent
 from ssod.errors import InputError
-from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.defaults import get_config
 
 NUM_CLASSES = 3
 PIM = ("loss_cls_low_res", "loss_box_reg_low_res")

@@ -10,7 +10,7 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from ssod.config import merge_config
 from ssod.hosts.torchvision.build import build_backbone, build_detector
-from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.defaults import get_config
 
 NUM_CLASSES = 3
 CHANNELS = (0, 1, 2)  # of RGB, in the model's order

@@ -13,7 +13,7 @@ from ssod.core.adaptive_threshold import AdaptiveClassThreshold, class_threshold
 from ssod.core.filters import build_filter
 from ssod.core.structures import RegionSamples
 from ssod.errors import InputError
-from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.defaults import get_config
 
 CASES = json.loads((Path(__file__).parent / "data" / "worked_cases.json").read_text())
 NUM_CLASSES = 3

@@ -7,7 +7,7 @@ from torch.overrides import TorchFunctionMode
 from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY, FixedThreshold, build_filter
 from ssod.core.structures import Detections
 from ssod.errors import InputError
-from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.defaults import get_config
 
 NUM_CLASSES = 3
 WAITING = {"tolist", "item", "numpy", "cpu", "nonzero", "masked_select", "bincount", "unique"}

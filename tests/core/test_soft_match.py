@@ -19,7 +19,7 @@ from ssod.core.soft_match import (
 )
 from ssod.core.structures import Detections
 from ssod.errors import InputError
-from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.defaults import get_config
 
 CASES = json.loads((Path(__file__).parent / "data" / "worked_cases.json").read_text())
 NUM_CLASSES = 3

@@ -24,7 +24,7 @@ from ssod.data.check import (
 from ssod.data.datasets import DetectionDataset
 from ssod.errors import InputError
 from ssod.evaluation.report import format_table
-from ssod.hosts.progress import progress_bar
+from ssod.progress import progress_bar
 
 _SHOWN = 10  # problems of each kind
 _LABELED = ("labeled", "validation", "hidden truth")
@@ -88,7 +88,7 @@ def _try(read: Callable[[], Any], kind: str, findings: Findings) -> Any:
 def _read_sets(cfg: CfgNode, findings: Findings) -> dict[str, DetectionDataset]:
     """Return the sets that can be read, by their names, in which broken entries are left out."""
     if cfg.SSOD.HOST == "detectron2" and (cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):
-        from ssod.hosts.detectron2.data import read_sets
+        from ssod.hosts.detectron2.catalog import read_sets
 
         # Sets of the catalog are read by Detectron2, which stops at the first problem.
         sets, names = _try(lambda: read_sets(cfg), "annotations", findings) or (None, None)

@@ -36,13 +36,13 @@ def run_command(command: Callable[[], int | None]) -> int:
 
 def import_host(name: str) -> ModuleType:
     """
-    Import what the commands need of a host; see `ssod.hosts.experiment`.
+    Import what the commands need of a host; see `ssod.hosts.protocol`.
 
     Raises:
         InputError: if what the host is built on is not installed.
     """
     try:
-        return importlib.import_module(f"ssod.hosts.{name}.experiment")
+        return importlib.import_module(f"ssod.hosts.{name}.host")
     except ModuleNotFoundError as error:
         raise InputError(
             f"SSOD.HOST {name} needs the module {error.name}: install the extra with "

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     checkpoint = find_checkpoint(folder, args.checkpoint)
     # Not at the top: the other commands work without Detectron2.
     try:
-        from ssod.hosts.detectron2.config import get_config
+        from ssod.hosts.detectron2.defaults import get_config
         from ssod.hosts.detectron2.export import export_detector
     except ModuleNotFoundError as error:
         raise InputError(

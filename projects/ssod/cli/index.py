@@ -11,8 +11,8 @@ from ssod.data.datasets import find_images, read_sizes
 from ssod.data.index import can_be_listed, write_index
 from ssod.data.splits import make_split
 from ssod.errors import InputError
-from ssod.hosts.files import replacing
-from ssod.hosts.progress import progress_bar
+from ssod.files import replacing
+from ssod.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

@@ -23,11 +23,11 @@ from ssod.data.images import read_image
 from ssod.errors import InputError
 from ssod.evaluation.coco_metrics import detections_to_coco
 from ssod.evaluation.drawing import draw_boxes
+from ssod.files import replacing
 from ssod.hosts.checkpoint import load_run
-from ssod.hosts.experiment import CONFIG_NAME
-from ssod.hosts.files import replacing
 from ssod.hosts.inference import find
-from ssod.hosts.progress import progress_bar
+from ssod.hosts.protocol import CONFIG_NAME
+from ssod.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from ssod.data.images import read_image
 from ssod.data.shapes import ShapesSpec
 from ssod.errors import InputError
 from ssod.evaluation.report import Curve, Panel, draw_report, format_table
-from ssod.hosts.experiment import FinishedRun
 from ssod.hosts.inference import label_images
+from ssod.hosts.protocol import FinishedRun
 
 logger = logging.getLogger(__name__)
 

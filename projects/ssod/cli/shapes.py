@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ssod.data.shapes import ShapesSpec, ensure_shapes
-from ssod.hosts.progress import progress_bar
+from ssod.progress import progress_bar
 
 _HELP = {
     "num_labeled": "labeled images",

@@ -25,7 +25,7 @@ from ssod.data.split_files import (
 )
 from ssod.errors import InputError
 from ssod.evaluation.report import format_table
-from ssod.hosts.files import replacing
+from ssod.files import replacing
 
 _EPILOG = """\
 Each percent and fold gives two files, named as the tools of MMDetection and SoftTeacher do:

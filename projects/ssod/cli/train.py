@@ -61,7 +61,7 @@ def format_results(results: dict[str, float]) -> str:
 
 def train_torchvision(args: argparse.Namespace) -> None:
     """Train or evaluate on the torchvision host."""
-    from ssod.hosts.torchvision.config import get_config
+    from ssod.hosts.torchvision.defaults import get_config
     from ssod.hosts.torchvision.loop import Trainer
 
     if args.num_gpus != 1 or args.num_machines != 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -24,8 +24,8 @@ from ssod.data.samples import TrainingSample
 from ssod.errors import InputError
 from ssod.evaluation.drawing import draw_boxes, draw_sheet
 from ssod.evaluation.report import format_table
+from ssod.files import replacing
 from ssod.hosts.checkpoint import load_run
-from ssod.hosts.files import replacing
 from ssod.hosts.inference import IMAGES_PER_BATCH
 from ssod.hosts.sweep import tell_labels
 

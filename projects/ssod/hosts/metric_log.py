@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ssod.hosts.files import replacing
+from ssod.files import replacing
 
 LOG_NAME = "metrics.json"
 

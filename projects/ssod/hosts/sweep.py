@@ -18,7 +18,7 @@ from ssod.core.running_stats import gather_by_sum
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import RunData
 from ssod.hosts.inference import find
-from ssod.hosts.progress import progress_bar
+from ssod.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

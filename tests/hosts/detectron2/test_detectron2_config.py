@@ -2,7 +2,7 @@ import pytest
 
 from ssod.config import _leaves, merge_config
 from ssod.errors import InputError
-from ssod.hosts.detectron2.config import check_config, get_config, scale_to_world_size
+from ssod.hosts.detectron2.defaults import check_config, get_config, scale_to_world_size
 from test_config import PACKAGE, _keys_read
 
 

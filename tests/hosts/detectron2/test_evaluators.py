@@ -19,7 +19,7 @@ from PIL import Image
 from ssod.core.distributed import leave_process_group
 from ssod.errors import InputError
 from ssod.evaluation.coco_metrics import coco_metrics
-from ssod.hosts.detectron2 import evaluation
+from ssod.hosts.detectron2 import evaluators
 from tiny_detectron2 import tiny_config
 
 CLASSES = ("cat", "dog")
@@ -91,7 +91,7 @@ def _perfect(truth):
 
 @pytest.mark.parametrize("year", [2007, 2012])
 def test_perfect_detections_have_an_ap_of_100_by_both_definitions(year, voc, tmp_path):
-    results = _measure(evaluation.build_evaluator(voc(year=year), tmp_path), _perfect(TRUTH))
+    results = _measure(evaluators.build_evaluator(voc(year=year), tmp_path), _perfect(TRUTH))
     for kind in ("voc", "coco"):
         for metric in ("AP", "AP50", "AP75"):
             assert results[kind][metric] == pytest.approx(100), (kind, metric)
@@ -106,7 +106,7 @@ def test_definitions_differ_as_they_should_if_half_is_found(year, expected, voc,
     truth = {"000001": [("cat", CAT)], "000002": [("cat", OTHER_CAT)]}
     name = voc(truth, year, classes=["cat"])
     found = {"000001": [("cat", CAT, 0.9)], "000002": []}
-    results = _measure(evaluation.build_evaluator(name, tmp_path), found)
+    results = _measure(evaluators.build_evaluator(name, tmp_path), found)
     assert results["voc"]["AP50"] == pytest.approx(expected)
     assert results["coco"]["AP50"] == pytest.approx(100 * 51 / 101)
 
@@ -114,7 +114,7 @@ def test_definitions_differ_as_they_should_if_half_is_found(year, expected, voc,
 def test_difficult_objects_count_for_coco_only(voc, tmp_path):
     name = voc(difficult=[("000002", "cat")])
     found = _perfect(TRUTH) | {"000002": []}
-    results = _measure(evaluation.build_evaluator(name, tmp_path), found)
+    results = _measure(evaluators.build_evaluator(name, tmp_path), found)
     assert results["voc"]["AP50"] == pytest.approx(100)
     assert results["coco"]["AP-dog"] == pytest.approx(100)
     assert results["coco"]["AP-cat"] == pytest.approx(100 * 51 / 101)
@@ -123,18 +123,18 @@ def test_difficult_objects_count_for_coco_only(voc, tmp_path):
 def test_annotations_that_an_earlier_run_converted_are_not_used(voc, tmp_path):
     name = voc()
     output = tmp_path / "output"
-    _measure(evaluation.build_evaluator(name, output), _perfect(TRUTH))
+    _measure(evaluators.build_evaluator(name, output), _perfect(TRUTH))
     (stale,) = output.glob("*_coco_format.json")
     # The set has changed since: each object is elsewhere.
     changed = {i: [(n, [2, 60, 30, 99]) for n, _ in objects] for i, objects in TRUTH.items()}
     _write_voc(tmp_path / name, changed)
-    results = _measure(evaluation.build_evaluator(name, output), _perfect(changed))
+    results = _measure(evaluators.build_evaluator(name, output), _perfect(changed))
     assert results["coco"]["AP"] == pytest.approx(100)
     assert [2.0, 60.0, 28.0, 39.0] in [
         a["bbox"] for a in json.loads(stale.read_text())["annotations"]
     ]
     # Nor a file in another folder.
-    results = _measure(evaluation.build_evaluator(name, tmp_path / "other"), _perfect(changed))
+    results = _measure(evaluators.build_evaluator(name, tmp_path / "other"), _perfect(changed))
     assert results["coco"]["AP"] == pytest.approx(100)
     assert MetadataCatalog.get(name).get("json_file") is None
 
@@ -142,7 +142,7 @@ def test_annotations_that_an_earlier_run_converted_are_not_used(voc, tmp_path):
 def _measure_on_a_rank(root):
     """Evaluate every second image; each rank has a stale file in its way."""
     _register_voc("ssod_test_ranks", root)
-    evaluator = evaluation.build_evaluator("ssod_test_ranks", root / "output")
+    evaluator = evaluators.build_evaluator("ssod_test_ranks", root / "output")
     own = list(TRUTH)[comm.get_rank() :: comm.get_world_size()]
     results = _measure(evaluator, {i: _perfect(TRUTH)[i] for i in own})
     (root / f"results_{comm.get_rank()}.json").write_text(json.dumps(results))
@@ -172,13 +172,13 @@ def test_set_that_cannot_be_evaluated_is_refused(metadata, message, tmp_path):
     name = _new_name()
     MetadataCatalog.get(name).set(**metadata)
     with pytest.raises(InputError, match=f"{name}: .*{message}"):
-        evaluation.build_evaluator(name, tmp_path)
+        evaluators.build_evaluator(name, tmp_path)
 
 
 def test_set_without_a_coco_file_is_measured_by_coco_as_well(voc, tmp_path):
     name = voc()
     vars(MetadataCatalog.get(name))["evaluator_type"] = "coco"
-    results = _measure(evaluation.build_evaluator(name, tmp_path), _perfect(TRUTH))
+    results = _measure(evaluators.build_evaluator(name, tmp_path), _perfect(TRUTH))
     assert results["bbox"]["AP"] == pytest.approx(100)
 
 
@@ -196,7 +196,7 @@ def model(shapes, tmp_path_factory):
 def found_by_both(model, shapes, tmp_path_factory):
     """Validation file with some detections of either as truth, so that their AP is not 0."""
     output = tmp_path_factory.mktemp("found")
-    evaluation.evaluate(model, tiny_config(shapes, output), output)
+    evaluators.evaluate(model, tiny_config(shapes, output), output)
     truth = json.loads((shapes / "annotations" / "val.json").read_text())
     found = [_predictions(output, "student")[::7], _predictions(output, "teacher")[::5]]
     truth["annotations"] = [
@@ -221,7 +221,7 @@ def _predictions(output, *folders):
 
 
 def test_ap_is_that_of_the_predictions_in_the_files(model, cfg, found_by_both):
-    results = evaluation.evaluate(model, cfg, cfg.OUTPUT_DIR)
+    results = evaluators.evaluate(model, cfg, cfg.OUTPUT_DIR)
     for kind in ("student", "teacher"):
         predictions = _predictions(cfg.OUTPUT_DIR, kind)
         expected = coco_metrics(found_by_both, predictions)
@@ -237,7 +237,7 @@ def test_ap_is_that_of_the_predictions_in_the_files(model, cfg, found_by_both):
 def test_top_level_is_what_the_model_is_in_eval_mode(model, cfg, monkeypatch):
     for kind in ("student", "teacher"):
         monkeypatch.setattr(model, "eval_model", kind)
-        results = evaluation.evaluate(model, cfg, cfg.OUTPUT_DIR)
+        results = evaluators.evaluate(model, cfg, cfg.OUTPUT_DIR)
         assert sorted(results) == ["bbox", "student", "teacher"]
         assert results["bbox"] == pytest.approx(results[kind]["bbox"], nan_ok=True)
     flat = flatten_results_dict(results)
@@ -250,7 +250,7 @@ def test_top_level_is_what_the_model_is_in_eval_mode(model, cfg, monkeypatch):
 
 def test_teacher_is_measured_once_it_has_started(model, cfg, monkeypatch):
     monkeypatch.setattr(model, "teacher_started", False)
-    results = evaluation.evaluate(model, cfg, cfg.OUTPUT_DIR)
+    results = evaluators.evaluate(model, cfg, cfg.OUTPUT_DIR)
     assert sorted(results) == ["bbox", "student"]
     assert results["bbox"] == pytest.approx(results["student"]["bbox"], nan_ok=True)
     assert [p.name for p in Path(cfg.OUTPUT_DIR, "inference").iterdir()] == ["student"]
@@ -260,7 +260,7 @@ def test_training_goes_on_as_if_nothing_had_been_measured(model, cfg):
     modes = {name: module.training for name, module in model.named_modules()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
     random_state = torch.get_rng_state()
-    evaluation.evaluate(model, cfg, cfg.OUTPUT_DIR)
+    evaluators.evaluate(model, cfg, cfg.OUTPUT_DIR)
     assert modes == {name: module.training for name, module in model.named_modules()}
     assert modes["student"] and not modes["teacher"]
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -272,8 +272,8 @@ def test_several_sets_are_told_apart(model, shapes, cfg, found_by_both, tmp_path
     for name, path in zip(names, (shapes / "annotations" / "val.json", found_by_both), strict=True):
         register_coco_instances(name, {}, str(path), str(shapes / "images"))
     several = tiny_config(shapes, tmp_path, "DATASETS.TEST", names, "SSOD.DATA.VAL_JSON", "")
-    results = evaluation.evaluate(model, several, tmp_path)
-    single = evaluation.evaluate(model, cfg, tmp_path)
+    results = evaluators.evaluate(model, several, tmp_path)
+    single = evaluators.evaluate(model, cfg, tmp_path)
     assert sorted(results) == [*names, "student", "teacher"]
     assert sorted(results["student"]) == names
     for actual, expected in (
@@ -286,19 +286,19 @@ def test_several_sets_are_told_apart(model, shapes, cfg, found_by_both, tmp_path
 
 
 def test_nothing_is_measured_without_a_test_set(model, shapes, tmp_path):
-    assert evaluation.evaluate(model, tiny_config(shapes, tmp_path, *NO_VAL), tmp_path) == {}
+    assert evaluators.evaluate(model, tiny_config(shapes, tmp_path, *NO_VAL), tmp_path) == {}
     assert list(tmp_path.iterdir()) == []
 
 
 def test_file_is_registered_once(shapes, cfg):
-    names = evaluation.test_dataset_names(cfg)
+    names = evaluators.test_dataset_names(cfg)
     count = len(DatasetCatalog.list())
-    assert evaluation.test_dataset_names(cfg) == names and len(names) == 1
+    assert evaluators.test_dataset_names(cfg) == names and len(names) == 1
     assert len(DatasetCatalog.list()) == count
     assert MetadataCatalog.get(names[0]).json_file == cfg.SSOD.DATA.VAL_JSON
     other = tiny_config(shapes, "unused")
-    assert evaluation.test_dataset_names(other) != names
-    assert evaluation.test_dataset_names(tiny_config(shapes, "unused", *NO_VAL)) == ()
+    assert evaluators.test_dataset_names(other) != names
+    assert evaluators.test_dataset_names(tiny_config(shapes, "unused", *NO_VAL)) == ()
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_file_is_registered_once(shapes, cfg):
 )
 def test_set_that_does_not_fit_is_refused(overrides, message, shapes, model, tmp_path):
     with pytest.raises(InputError, match=message):
-        evaluation.evaluate(model, tiny_config(shapes, tmp_path, *overrides), tmp_path)
+        evaluators.evaluate(model, tiny_config(shapes, tmp_path, *overrides), tmp_path)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -334,7 +334,7 @@ def test_image_that_cannot_be_used_is_named_in_one_line(
         *("DATALOADER.NUM_WORKERS", num_workers),
     )
     with pytest.raises(InputError) as error:
-        evaluation.evaluate(model, cfg, tmp_path)
+        evaluators.evaluate(model, cfg, tmp_path)
     assert str(error.value).startswith(f"{path}: cannot be evaluated: ")
     assert "\n" not in str(error.value)
     assert model.student.training and not model.teacher.training

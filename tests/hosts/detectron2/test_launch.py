@@ -8,7 +8,7 @@ import torch
 
 from ssod.cli.train import main
 from ssod.config import _leaves
-from ssod.hosts.detectron2.config import get_config
+from ssod.hosts.detectron2.defaults import get_config
 from ssod.hosts.metric_log import read_metrics
 from tiny_detectron2 import tiny_config
 from tiny_run import MAX_ITER

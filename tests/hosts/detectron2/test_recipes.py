@@ -11,9 +11,9 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.solver import build_lr_scheduler
 
-import ssod.hosts.detectron2.data  # registers the unlabeled images of COCO
+import ssod.hosts.detectron2.catalog  # registers the unlabeled images of COCO
 from ssod.config import merge_config, read_host
-from ssod.hosts.detectron2.config import check_config, get_config, scale_to_world_size
+from ssod.hosts.detectron2.defaults import check_config, get_config, scale_to_world_size
 
 ROOT = Path(ssod.__file__).parents[2]
 FILES = {

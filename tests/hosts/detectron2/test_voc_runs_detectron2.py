@@ -7,7 +7,7 @@ from detectron2.data.datasets.pascal_voc import load_voc_instances
 from ssod.cli.main import main
 from ssod.data.datasets import read_coco, read_voc
 from ssod.errors import InputError
-from ssod.hosts.detectron2.evaluation import test_dataset_names as dataset_names
+from ssod.hosts.detectron2.evaluators import test_dataset_names as dataset_names
 from ssod.hosts.detectron2.run import Run
 from ssod.hosts.metric_log import read_metrics
 from tiny_detectron2 import tiny_config

@@ -5,7 +5,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from ssod.config import merge_config
 from ssod.errors import InputError
 from ssod.hosts.torchvision.build import build_backbone, build_detector
-from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.defaults import get_config
 from tiny_run import OPTIONS
 
 NORM_LAYERS = (nn.BatchNorm2d, FrozenBatchNorm2d, nn.GroupNorm)

@@ -11,15 +11,15 @@ from contract import torchvision_case
 from ssod.config import merge_config
 from ssod.errors import InputError
 from ssod.hosts.torchvision.build import build_detector, build_model
-from ssod.hosts.torchvision.checkpoint import (
+from ssod.hosts.torchvision.defaults import get_config
+from ssod.hosts.torchvision.loop import Trainer
+from ssod.hosts.torchvision.weights import (
     CHECKPOINT_NAME,
     load_detector_weights,
     load_matching,
     read_checkpoint,
     save_checkpoint,
 )
-from ssod.hosts.torchvision.config import get_config
-from ssod.hosts.torchvision.loop import Trainer
 from tiny_run import differences, read_state, tiny_config
 
 

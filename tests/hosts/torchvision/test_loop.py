@@ -11,11 +11,11 @@ from ssod.data.build import build_train_loader
 from ssod.errors import InputError
 from ssod.hosts.metric_log import LOG_NAME, read_metrics
 from ssod.hosts.torchvision.build import build_model, select_device
-from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
-from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.defaults import get_config
 from ssod.hosts.torchvision.loop import CONFIG_NAME, Trainer
-from ssod.hosts.torchvision.metric_log import MetricLog
+from ssod.hosts.torchvision.metric_writer import MetricLog
 from ssod.hosts.torchvision.solver import learning_rate
+from ssod.hosts.torchvision.weights import CHECKPOINT_NAME
 from tiny_run import (
     BURN_IN_ITERS,
     EVAL_PERIOD,

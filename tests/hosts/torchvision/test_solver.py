@@ -4,7 +4,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, MultiStepLR
 
 from ssod.config import merge_config
 from ssod.errors import InputError
-from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.defaults import get_config
 from ssod.hosts.torchvision.solver import build_optimizer, learning_rate
 
 

@@ -10,9 +10,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 from ssod.errors import InputError
+from ssod.files import replacing
 from ssod.hosts.checkpoint import load_matching, read_run
 from ssod.hosts.detectron2.weights import detector_state
-from ssod.hosts.files import replacing
 
 CANONICAL_BOX_SIZE = 224  # of Detectron2's pooler
 WEIGHTS_NAME, CONFIG_NAME = "model.pth", "config.yaml"

@@ -23,7 +23,7 @@ from ssod.config import merge_config
 from ssod.core.distributed import get_rank, get_world_size, leave_process_group
 from ssod.errors import InputError
 from ssod.evaluation.report import format_table
-from ssod.hosts.detectron2.config import get_config, scale_to_world_size
+from ssod.hosts.detectron2.defaults import get_config, scale_to_world_size
 from ssod.hosts.detectron2.run import Run, find_checkpoint, is_run_checkpoint
 
 INPUT_ERROR = 2  # exit status of a process that has told what is wrong with its input

@@ -27,10 +27,11 @@ from ssod.data.build import RunData, build_train_loader
 from ssod.data.datasets import DetectionDataset
 from ssod.data.loader import FailedImages
 from ssod.errors import InputError
+from ssod.files import replacing
 from ssod.hosts.checkpoint import load_teacher_student, read_checkpoint
-from ssod.hosts.detectron2.config import check_config
-from ssod.hosts.detectron2.data import load_run_data
-from ssod.hosts.detectron2.evaluation import evaluate, test_dataset_names
+from ssod.hosts.detectron2.catalog import load_run_data
+from ssod.hosts.detectron2.defaults import check_config
+from ssod.hosts.detectron2.evaluators import evaluate, test_dataset_names
 from ssod.hosts.detectron2.hooks import (
     BEST_CHECKPOINT,
     BestCheckpointer,
@@ -41,7 +42,6 @@ from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
 from ssod.hosts.detectron2.solver import build_clipper, build_optimizer
 from ssod.hosts.detectron2.trainer import TeacherStudentTrainer
 from ssod.hosts.detectron2.weights import load_weights, local_path
-from ssod.hosts.files import replacing
 from ssod.hosts.metric_log import LOG_NAME, read_metrics, truncate_metrics
 from ssod.hosts.monitor import choose_monitored, monitor_pseudo_labels
 from ssod.hosts.sweep import sweep_if_due, tell_labels
@@ -149,7 +149,7 @@ class Run:
     One run; every rank makes its own.
 
     Args:
-        cfg: from `ssod.hosts.detectron2.config.get_config`, merged, scaled to the number of
+        cfg: from `ssod.hosts.detectron2.defaults.get_config`, merged, scaled to the number of
             processes and final.
         checkpoint: file of a run to continue or evaluate; "" to start from `MODEL.WEIGHTS`.
         for_training: False for evaluation alone, which needs no training images.

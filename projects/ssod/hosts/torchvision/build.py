@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 from ssod.core.teacher_student import TeacherStudent, arguments_from_config
 from ssod.errors import InputError
 from ssod.hosts.torchvision.adapter import TorchvisionRCNN
-from ssod.hosts.torchvision.checkpoint import load_detector_weights
+from ssod.hosts.torchvision.weights import load_detector_weights
 
 RESNETS = {  # block, blocks of each stage
     18: (resnet.BasicBlock, (2, 2, 2, 2)),

@@ -24,7 +24,6 @@ from ssod.data.loader import FailedImages
 from ssod.errors import InputError
 from ssod.evaluation.coco_metrics import coco_metrics
 from ssod.hosts.checkpoint import load_teacher_student, read_checkpoint
-from ssod.hosts.experiment import CONFIG_NAME
 from ssod.hosts.inference import detect
 from ssod.hosts.monitor import (
     WeightAlarm,
@@ -32,12 +31,13 @@ from ssod.hosts.monitor import (
     divide_sums,
     monitor_pseudo_labels,
 )
-from ssod.hosts.progress import progress_bar
+from ssod.hosts.protocol import CONFIG_NAME
 from ssod.hosts.sweep import sweep_if_due, tell_labels
 from ssod.hosts.torchvision.build import build_model, select_device
-from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME, save_checkpoint
-from ssod.hosts.torchvision.metric_log import MetricLog, read_evaluation
+from ssod.hosts.torchvision.metric_writer import MetricLog, read_evaluation
 from ssod.hosts.torchvision.solver import build_optimizer, learning_rate
+from ssod.hosts.torchvision.weights import CHECKPOINT_NAME, save_checkpoint
+from ssod.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Trainer:
     One run: data, model, optimizer, logs and checkpoint under `OUTPUT_DIR`.
 
     Args:
-        cfg: from `ssod.hosts.torchvision.config.get_config`, merged and final.
+        cfg: from `ssod.hosts.torchvision.defaults.get_config`, merged and final.
         resume: continue from `OUTPUT_DIR/checkpoint.pth` if it exists.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The Detectron2 host's part of the commands; see `ssod.hosts.experiment`."""
+"""The Detectron2 host's part of the commands; see `ssod.hosts.protocol`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from detectron2.engine import hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 
-from ssod.hosts.detectron2.config import check_config, get_config
-from ssod.hosts.detectron2.data import load_run_data
+from ssod.hosts.detectron2.catalog import load_run_data
+from ssod.hosts.detectron2.defaults import check_config, get_config
 from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
 from ssod.hosts.detectron2.run import Run, build_checked, find_checkpoint
-from ssod.hosts.experiment import CONFIG_NAME, FinishedRun, check_same_config, copy_file
 from ssod.hosts.metric_log import LOG_NAME, read_metrics
-from ssod.hosts.progress import progress_bar
+from ssod.hosts.protocol import CONFIG_NAME, FinishedRun, check_same_config, copy_file
+from ssod.progress import progress_bar
 
 __all__ = [
     "branch",

@@ -16,7 +16,7 @@ from ssod.data.datasets import read_coco
 from ssod.data.index import write_index
 from ssod.data.splits import make_split
 from ssod.errors import InputError
-from ssod.hosts.detectron2 import data
+from ssod.hosts.detectron2 import catalog
 from tiny_detectron2 import tiny_config
 from tiny_run import SPEC
 
@@ -78,7 +78,7 @@ def entries(tmp_path):
 @pytest.fixture
 def load(shapes):
     """Load the data of the tiny config with overrides."""
-    return lambda *overrides: data.load_run_data(tiny_config(shapes, "unused", *overrides))
+    return lambda *overrides: catalog.load_run_data(tiny_config(shapes, "unused", *overrides))
 
 
 def _assert_same(actual, expected):
@@ -98,7 +98,7 @@ def _assert_same(actual, expected):
 @pytest.mark.parametrize("name", ["labeled", "val"])
 def test_coco_file_is_the_same_through_the_catalog(name, coco_set, shapes):
     expected = read_coco(shapes / "annotations" / f"{name}.json", shapes / "images")
-    _assert_same(data.read_catalog([coco_set(name)]), expected)
+    _assert_same(catalog.read_catalog([coco_set(name)]), expected)
     assert expected.class_counts.sum() > 0 and expected.category_ids[-1] > 6
 
 
@@ -111,7 +111,7 @@ def test_boxes_are_converted_and_clipped_and_crowds_left_out(register, entries):
         BOX | {"bbox": np.array([15, 5, 10, 10]), "bbox_mode": 1, "category_id": np.int64(0)},
     ]
     name = register(entries(annotations, []), thing_classes=CLASSES)
-    found = data.read_catalog([name])
+    found = catalog.read_catalog([name])
     expected = [[1, 2, 5.5, 6], [1, 2, 6.5, 8], [0, 0, 20, 10], [15, 5, 20, 10]]
     assert found[0].boxes.tolist() == expected
     assert found[0].classes.tolist() == [1, 0, 1, 0]
@@ -122,7 +122,7 @@ def test_boxes_are_converted_and_clipped_and_crowds_left_out(register, entries):
 def test_size_is_read_from_the_file_if_it_is_not_known(register, entries):
     found = entries([BOX | {"bbox": [0, 0, 99, 99]}])
     del found[0]["height"], found[0]["width"]
-    (record,) = data.read_catalog([register(found, thing_classes=CLASSES)])
+    (record,) = catalog.read_catalog([register(found, thing_classes=CLASSES)])
     assert (record.height, record.width) == (10, 20)
     assert record.boxes.tolist() == [[0, 0, 20, 10]]
 
@@ -130,7 +130,7 @@ def test_size_is_read_from_the_file_if_it_is_not_known(register, entries):
 def test_ids_of_categories_are_those_of_the_metadata(register, entries):
     ids = {7: 1, 30: 0}
     name = register(entries([BOX]), thing_classes=CLASSES, thing_dataset_id_to_contiguous_id=ids)
-    assert data.read_catalog([name]).category_ids == [30, 7]
+    assert catalog.read_catalog([name]).category_ids == [30, 7]
 
 
 def test_boxes_without_area_stop_or_are_left_out_with_one_warning(register, entries, caplog):
@@ -138,8 +138,8 @@ def test_boxes_without_area_stop_or_are_left_out_with_one_warning(register, entr
     name = register(entries([BOX, flat], [outside]), thing_classes=CLASSES)
     message = r"image_0.png: 1 boxes have no area .*\[3.0, 3.0, 3.0, 9.0\].*SKIP_INVALID_BOXES True"
     with pytest.raises(InputError, match=message):
-        data.read_catalog([name])
-    found = data.read_catalog([name], skip_invalid_boxes=True)
+        catalog.read_catalog([name])
+    found = catalog.read_catalog([name], skip_invalid_boxes=True)
     assert [len(found[i].boxes) for i in range(2)] == [1, 0]
     assert caplog.messages == [f"{name}: left out 2 boxes without area"]
 
@@ -163,25 +163,25 @@ def test_annotation_that_is_not_of_the_standard_format_is_refused(
 ):
     name = register(entries([BOX | change]), thing_classes=CLASSES)
     with pytest.raises(InputError, match=f"image_0.png: .*{message}"):
-        data.read_catalog([name])
+        catalog.read_catalog([name])
 
 
 def test_ids_stay_unique_in_several_sets(register, entries):
     names = [register(entries([BOX], [], name=n), thing_classes=CLASSES) for n in "ab"]
-    found = data.read_catalog(names)
+    found = catalog.read_catalog(names)
     assert found.image_ids == [f"{name}/{i}" for name in names for i in (0, 1)]
     assert found.class_counts.tolist() == [0, 2]
     with pytest.raises(InputError, match="two images have the id .*; make ids unique"):
-        data.read_catalog([names[0], names[0]])
+        catalog.read_catalog([names[0], names[0]])
     twice = register(entries([BOX], image_id=5) * 2, thing_classes=CLASSES)
     with pytest.raises(InputError, match="two images have the id 5"):
-        data.read_catalog([twice])
+        catalog.read_catalog([twice])
 
 
 def test_file_is_the_id_where_there_is_none(register, entries):
     found = entries([BOX])
     del found[0]["image_id"]
-    assert data.read_catalog([register(found, thing_classes=CLASSES)]).image_ids == [
+    assert catalog.read_catalog([register(found, thing_classes=CLASSES)]).image_ids == [
         found[0]["file_name"]
     ]
 
@@ -191,16 +191,16 @@ def test_sets_that_are_used_together_have_the_same_classes(register, entries):
     other = register(entries([BOX]), thing_classes=CLASSES[::-1])
     without = register(entries([BOX]))
     with pytest.raises(InputError, match=f"{other}: its thing_classes differ from those of {one};"):
-        data.read_catalog([one, other])
+        catalog.read_catalog([one, other])
     with pytest.raises(InputError, match=f"{without}: its thing_classes are missing; set them in"):
-        data.read_catalog([without])
+        catalog.read_catalog([without])
 
 
 def test_unknown_name_is_told_with_those_like_it_and_how_to_register():
     with pytest.raises(InputError, match=r"did you mean coco_2017_train.*register_coco_instances"):
-        data.read_catalog(["coco_2017_trian"])
+        catalog.read_catalog(["coco_2017_trian"])
     with pytest.raises(InputError, match="^qqq: not in DatasetCatalog; first register it with"):
-        data.read_catalog(["qqq"])
+        catalog.read_catalog(["qqq"])
 
 
 def test_missing_files_name_the_path_and_where_detectron2_looks(register, entries, tmp_path):
@@ -208,13 +208,13 @@ def test_missing_files_name_the_path_and_where_detectron2_looks(register, entrie
     name = register(nowhere / "a.json", nowhere)
     hint = "not found; .*environment variable DETECTRON2_DATASETS, here"
     with pytest.raises(InputError, match=f"{name}: {nowhere}/a.json {hint}"):
-        data.read_catalog([name])
+        catalog.read_catalog([name])
     found = entries([BOX])
     found[0]["file_name"] = f"{nowhere}/a.png"
     with pytest.raises(InputError, match=f"{nowhere} {hint}"):
-        data.read_catalog([register(found, thing_classes=CLASSES)])
+        catalog.read_catalog([register(found, thing_classes=CLASSES)])
     with pytest.raises(InputError, match="an entry has no file_name"):
-        data.read_catalog([register([{"image_id": 1}], thing_classes=CLASSES)])
+        catalog.read_catalog([register([{"image_id": 1}], thing_classes=CLASSES)])
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_damaged_file_is_one_line(text, message, register, tmp_path):
     path = tmp_path / "damaged.json"
     path.write_text(text)
     with pytest.raises(InputError, match=message) as error:
-        data.read_catalog([register(path, tmp_path)])
+        catalog.read_catalog([register(path, tmp_path)])
     assert "\n" not in str(error.value)
 
 
@@ -317,7 +317,7 @@ def test_labeled_set_of_the_catalog_with_an_index_of_images(load, coco_set, shap
 def test_ids_are_integers_or_text(image_id, register, entries):
     found = register(entries([BOX], image_id=image_id), thing_classes=CLASSES)
     with pytest.raises(InputError, match=f"{found}: image_id must be an integer or text, got "):
-        data.read_catalog([found])
+        catalog.read_catalog([found])
 
 
 def test_labeled_set_of_the_catalog_with_a_folder_of_images(load, coco_set, shapes, tmp_path):
@@ -412,21 +412,23 @@ def test_validation_set_without_an_evaluator_is_refused_before_training(
 
 
 def test_unlabeled_images_of_coco_need_no_annotations(shapes, tmp_path):
-    assert data.COCO_UNLABELED in DatasetCatalog.list()
+    assert catalog.COCO_UNLABELED in DatasetCatalog.list()
     content = json.loads((shapes / "annotations" / "unlabeled.json").read_text())
     path = tmp_path / "image_info.json"
     path.write_text(json.dumps({"images": content["images"]}))
-    found = data._load_unlabeled(str(path), str(shapes / "images"))
+    found = catalog._load_unlabeled(str(path), str(shapes / "images"))
     assert [entry["image_id"] for entry in found] == [i["id"] for i in content["images"]]
     assert all("annotations" not in entry for entry in found)
 
 
 def test_missing_unlabeled_images_of_coco_name_the_expected_path(monkeypatch, tmp_path):
-    monkeypatch.delitem(DatasetCatalog.data, data.COCO_UNLABELED)  # puts it back afterwards
+    monkeypatch.delitem(DatasetCatalog.data, catalog.COCO_UNLABELED)  # puts it back afterwards
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    data._register_coco_unlabeled()
+    catalog._register_coco_unlabeled()
     with pytest.raises(InputError) as error:
-        data._read_set(data.COCO_UNLABELED)
+        catalog._read_set(catalog.COCO_UNLABELED)
     path = tmp_path / "coco" / "annotations" / "image_info_unlabeled2017.json"
-    assert str(error.value).startswith(f"{data.COCO_UNLABELED}: {path} not found; Detectron2's own")
+    assert str(error.value).startswith(
+        f"{catalog.COCO_UNLABELED}: {path} not found; Detectron2's own"
+    )
     assert str(error.value).endswith(f"DETECTRON2_DATASETS, here {str(tmp_path)!r}")

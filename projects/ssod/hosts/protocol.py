@@ -1,5 +1,5 @@
 """
-What the commands need of a host, which offers it in its module `experiment`.
+What the commands need of a host, which offers it in its module `host`.
 
 The functions there: `get_config()`, `train(cfg, title) -> FinishedRun`, `branch(source, target)`
 to start a run from the end of another, `read_log(cfg)` with the torchvision host's names,
@@ -19,7 +19,7 @@ from fvcore.common.config import CfgNode
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import RunData
 from ssod.errors import InputError
-from ssod.hosts.files import replacing
+from ssod.files import replacing
 
 CONFIG_NAME = "config.yaml"
 

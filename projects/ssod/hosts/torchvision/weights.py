@@ -11,8 +11,8 @@ from torch import nn
 
 from ssod.core.teacher_student import TeacherStudent
 from ssod.errors import InputError
+from ssod.files import replacing
 from ssod.hosts.checkpoint import load_matching, read_checkpoint, with_counters
-from ssod.hosts.files import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The torchvision host's part of the commands; see `ssod.hosts.experiment`."""
+"""The torchvision host's part of the commands; see `ssod.hosts.protocol`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from fvcore.common.config import CfgNode
 
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import load_run_data
-from ssod.hosts.experiment import FinishedRun, check_same_config, copy_file
 from ssod.hosts.metric_log import LOG_NAME, read_metrics
+from ssod.hosts.protocol import FinishedRun, check_same_config, copy_file
 from ssod.hosts.torchvision.build import build_model, select_device
-from ssod.hosts.torchvision.checkpoint import CHECKPOINT_NAME
-from ssod.hosts.torchvision.config import get_config
+from ssod.hosts.torchvision.defaults import get_config
 from ssod.hosts.torchvision.loop import Trainer
+from ssod.hosts.torchvision.weights import CHECKPOINT_NAME
 
 __all__ = [
     "branch",

@@ -23,7 +23,7 @@ from ssod.data.build import RunData, make_run_data
 from ssod.data.datasets import DetectionDataset, ImageRecord, read_coco
 from ssod.data.images import read_image_size
 from ssod.errors import InputError
-from ssod.hosts.detectron2.evaluation import check_evaluable, reading_catalog, test_dataset_names
+from ssod.hosts.detectron2.evaluators import check_evaluable, reading_catalog, test_dataset_names
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ Scope = Literal["global", "per_class"]
 Start = Literal["bias_corrected", "paper"]
 Alignment = Literal["labeled", "uniform", "none"]
 MIN_VAR = 1e-4  # of scores in [0, 1]; without spread every weight would be 0 or 1
-MAX_RATIO = 3.0  # uniform alignment would multiply a class seen at 0.1 % by 12 (K = 80)
+MAX_RATIO = 3.0  # of "labeled"; a class that is hardly found yet would count many times over
 EPS = 1e-6
 
 
@@ -49,7 +49,7 @@ def truncated_gaussian_weight(
     2 the Gaussian is half as wide as the scores are spread.
 
     Args:
-        scores: (R,) probabilities.
+        scores: (R,) probabilities; R = 0 is allowed.
         mean: (R,) or scalar.
         var: (R,) or scalar, at least 0; with 0 the weight is a step.
         n_sigma: standard deviations of the scores in two of the Gaussian's.
@@ -66,22 +66,28 @@ def truncated_gaussian_weight(
     return max_weight * torch.exp(-exponent)
 
 
-def uniform_alignment(probs: Tensor, target: Tensor, model: Tensor, eps: float = EPS) -> Tensor:
+def uniform_alignment(
+    probs: Tensor, target: Tensor, model: Tensor, eps: float = EPS, max_ratio: float | None = None
+) -> Tensor:
     """
     Scale each class by how much rarer it is predicted than it should be.
 
-    Uniform alignment of SoftMatch (https://arxiv.org/abs/2301.10921).
+    SoftMatch (https://arxiv.org/abs/2301.10921), where `target` is uniform and nothing is clipped.
 
     Args:
-        probs: (R, K) distributions over foreground classes.
-        target: (K,) distribution that predictions should have on average; uniform in the paper.
+        probs: (R, K) distributions over foreground classes; R = 0 is allowed.
+        target: (K,) distribution that predictions should have on average.
         model: (K,) distribution that they have.
         eps: added to both, as USB does; the paper's code has none.
+        max_ratio: ratios are clipped to [1 / max_ratio, max_ratio] if it is given.
 
     Returns:
         (R, K) `probs * (target + eps) / (model + eps)` with rows renormalised; zeros stay zeros.
     """
-    return _normalized(probs * (target + eps) / (model + eps))
+    ratio = (target + eps) / (model + eps)
+    if max_ratio is not None:
+        ratio = ratio.clamp(1 / max_ratio, max_ratio)
+    return _normalized(probs * ratio)
 
 
 def _normalized(rows: Tensor) -> Tensor:
@@ -111,19 +117,19 @@ class SoftMatchWeighting(PseudoLabelFilter):
       USB; the paper's code: from 1/K).
     - `alignment`: acts on the distribution over foreground classes; the background keeps its
       probability, and the weight is that of the detection's own class, not of the class that
-      alignment made the likeliest. Ratios are clipped to [1/3, 3]. Towards "labeled" (shares of
-      classes in labeled boxes), since boxes are long-tailed by nature; "uniform" (paper); "none".
+      alignment made the likeliest. "uniform": towards uniform classes, as published. "labeled":
+      towards the classes' shares of labeled boxes, since boxes are long-tailed by nature, with
+      ratios clipped to [1/3, 3]. "none": not at all.
     - The variance is at least 1e-4 where weights are computed.
 
     An empty pool leaves all means and variances as they are. Detections with non-finite numbers
-    are never in the pool. Before the first detection everything in the pool weighs
-    `max_weight`, unless `start` is "paper".
+    are never in the pool. Before the first detection everything in it weighs 1, unless `start` is
+    "paper".
 
     Args:
         num_classes: K.
         ema_decay: share of the statistics kept at each call in train mode, in [0, 1).
         n_sigma: of `truncated_gaussian_weight`, above 0.
-        max_weight: likewise.
         scope: "global": one mean and variance. "per_class": of each class, which stay as they are
             while the class is not in the pool; rare classes have too few boxes for it.
         start: "bias_corrected" or "paper".
@@ -144,14 +150,13 @@ class SoftMatchWeighting(PseudoLabelFilter):
         *,
         ema_decay: float = 0.999,
         n_sigma: float = 2.0,
-        max_weight: float = 1.0,
         scope: Scope = "global",
         start: Start = "bias_corrected",
         alignment: Alignment = "labeled",
         pool_floor: float = 0.5,
     ):
         super().__init__()
-        _check(ema_decay, n_sigma, max_weight, pool_floor)
+        _check(ema_decay, n_sigma, pool_floor)
         for key, value, choices in (
             ("SCOPE", scope, get_args(Scope)),
             ("START", start, get_args(Start)),
@@ -161,7 +166,6 @@ class SoftMatchWeighting(PseudoLabelFilter):
                 raise InputError(f"SSOD.FILTER.{key} must be one of {choices}, got {value!r}")
         self.num_classes = num_classes
         self.n_sigma = n_sigma
-        self.max_weight = max_weight
         self.scope = scope
         self.start = start
         self.alignment = alignment
@@ -174,8 +178,7 @@ class SoftMatchWeighting(PseudoLabelFilter):
             self.moments = RunningAverage(self.num_groups, 2, ema_decay, [1 / num_classes, 1.0])
             self.shares = RunningAverage(1, num_classes, ema_decay)
         else:
-            keep_absent = scope == "per_class"
-            self.moments = RunningSums(self.num_groups, 2, ema_decay, keep_absent)
+            self.moments = RunningSums(self.num_groups, 2, ema_decay, scope == "per_class")
             self.shares = RunningSums(1, num_classes, ema_decay)
 
     @classmethod
@@ -193,12 +196,12 @@ class SoftMatchWeighting(PseudoLabelFilter):
         )
 
     def set_label_distribution(self, class_counts: Tensor, num_labeled: int) -> None:
-        """Remember how often labels have each class; needed for `alignment="labeled"`."""
+        """Remember (K,) labeled boxes of each class; ValueError as `LabelDistribution.set`."""
         self.labels.set(class_counts, num_labeled)
 
     @torch.no_grad()
     def forward(self, detections: list[Detections]) -> list[PseudoLabels]:
-        """Filter and weigh each image's (R,) detections; an image may keep none."""
+        """Filter and weigh each image's (R,) detections; an image may have or keep none."""
         if self.alignment == "labeled":
             self.labels.check_known(type(self).__name__)
         # Cast before anything is computed: bf16 would lose what the float64 sums keep.
@@ -216,9 +219,7 @@ class SoftMatchWeighting(PseudoLabelFilter):
             aligned = self._aligned(_normalized(foreground)) * foreground.sum(1, keepdim=True)
             scores = aligned.gather(1, classes[:, None])[:, 0]
         mean, var = (values[self._groups(classes)] for values in self.mean_and_variance())
-        weights = truncated_gaussian_weight(
-            scores, mean, var.clamp(min=MIN_VAR), self.n_sigma, self.max_weight
-        )
+        weights = truncated_gaussian_weight(scores, mean, var.clamp(min=MIN_VAR), self.n_sigma)
         sizes = [len(d) for d in detections]
         return [
             to_pseudo_labels(d[row], w[row].to(d.scores.dtype), torch.ones_like(row).bool())
@@ -235,7 +236,7 @@ class SoftMatchWeighting(PseudoLabelFilter):
         return first, (second - first.square()).clamp(min=0)
 
     def metrics(self) -> dict[str, Tensor]:
-        """Return the running mean and variance, averaged over groups that have any."""
+        """Return scalar running mean and variance, averaged over groups that have any, or 0."""
         seen = self.moments.seen()
         mean, var = ((v * seen).sum() / seen.sum().clamp(min=1) for v in self.mean_and_variance())
         return {"pseudo/running_mean": mean, "pseudo/running_var": var}
@@ -272,16 +273,15 @@ class SoftMatchWeighting(PseudoLabelFilter):
 
     def _aligned(self, foreground: Tensor) -> Tensor:
         """Align (R, K) distributions over foreground classes."""
-        if self.alignment == "labeled":
-            counts = self.labels.class_counts.to(foreground)
-            target = counts / counts.sum().clamp(min=1)
-        else:
-            target = foreground.new_full((self.num_classes,), 1 / self.num_classes)
-        ratio = (target + EPS) / (self.shares.averages()[0] + EPS)
-        return _normalized(foreground * ratio.clamp(1 / MAX_RATIO, MAX_RATIO))
+        model = self.shares.averages()[0]
+        if self.alignment == "uniform":
+            return uniform_alignment(foreground, torch.full_like(model, 1 / len(model)), model)
+        counts = self.labels.class_counts.to(foreground)
+        target = counts / counts.sum().clamp(min=1)
+        return uniform_alignment(foreground, target, model, max_ratio=MAX_RATIO)
 
 
-def _check(ema_decay: float, n_sigma: float, max_weight: float, pool_floor: float) -> None:
+def _check(ema_decay: float, n_sigma: float, pool_floor: float) -> None:
     if not 0 < ema_decay < 1:
         raise InputError(
             f"SSOD.FILTER.EMA_DECAY must be in (0, 1), got {ema_decay}. "
@@ -289,8 +289,6 @@ def _check(ema_decay: float, n_sigma: float, max_weight: float, pool_floor: floa
         )
     if not n_sigma > 0:
         raise InputError(f"SSOD.FILTER.N_SIGMA must be above 0, got {n_sigma}")
-    if not max_weight > 0:
-        raise InputError(f"max_weight must be above 0, got {max_weight}")
     if not 0 <= pool_floor <= 1:
         raise InputError(
             f"SSOD.FILTER.POOL_FLOOR must be in [0, 1], got {pool_floor}. "

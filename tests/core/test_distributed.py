@@ -1,8 +1,11 @@
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from ssod.core.distributed import (
+    all_gather,
     all_reduce_sum,
     get_rank,
     get_world_size,
@@ -13,6 +16,14 @@ from ssod.core.distributed import (
 WORLD_SIZE = 2
 SEED = 3
 ITERATIONS = 5
+DTYPES = (torch.float32, torch.float64)
+
+
+def _block(rank, dtype, transposed=False):
+    """A block that no arithmetic gives back: of a rank, as a transposed view or as it is."""
+    block = torch.tensor([[0.1, math.inf, math.nan], [-0.0, -1.0, 3e-40]], dtype=dtype)
+    block[1, 1] = rank
+    return block.T if transposed else block
 
 
 def _draw(seed, iteration):
@@ -27,7 +38,14 @@ def _work(rank, folder):
     )
     values = torch.tensor([1.0, 10.0]) * (rank + 1)
     scalars = {"a": torch.tensor(float(rank)), "b": torch.tensor(3 - 2 * rank)}
+    blocks = {
+        (dtype, transposed): all_gather(_block(rank, dtype, transposed))
+        for dtype in DTYPES
+        for transposed in (False, True)
+    }
     results = {
+        "gathered": blocks,
+        "gathered_shapes": [tuple(all_gather(torch.ones(s)).shape) for s in ((), (0, 3))],
         "rank": get_rank(),
         "world_size": get_world_size(),
         "sum": all_reduce_sum(values),
@@ -56,6 +74,27 @@ def test_every_process_knows_its_place(ranks):
 def test_every_rank_gets_the_sum_and_keeps_its_input(ranks):
     assert [result["sum"].tolist() for result in ranks] == [[3.0, 30.0]] * 2
     assert [result["input_after_sum"].tolist() for result in ranks] == [[1.0, 10.0], [2.0, 20.0]]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_rank_gets_all_blocks_exactly_and_in_order(ranks, dtype, transposed):
+    expected = torch.stack([_block(rank, dtype, transposed) for rank in range(WORLD_SIZE)])
+    for result in ranks:
+        gathered = result["gathered"][dtype, transposed]
+        torch.testing.assert_close(gathered, expected, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(gathered.signbit(), expected.signbit())
+
+
+def test_blocks_of_any_shape_are_gathered(ranks):
+    assert [result["gathered_shapes"] for result in ranks] == [[(2,), (2, 0, 3)]] * 2
+
+
+def test_gathering_in_a_single_process_is_a_view():
+    block = torch.ones(2, 3)
+    gathered = all_gather(block)
+    gathered += 1
+    assert gathered.shape == (1, 2, 3) and (block == 2).all()
 
 
 def test_every_rank_gets_the_mean_of_all(ranks):

@@ -11,7 +11,6 @@ from ssod.core.running_stats import (
     RunningAverage,
     RunningSums,
     ScoreQueue,
-    gather_by_sum,
 )
 from ssod.core.soft_match import SoftMatchWeighting
 
@@ -64,8 +63,7 @@ def _work(rank, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD_SIZE
     )
-    gathered = gather_by_sum(torch.tensor([[0.1, math.inf, math.nan, -1.0]]) * (rank + 1))
-    torch.save({"history": _run(rank), "gathered": gathered}, f"{folder}/{rank}.pt")
+    torch.save(_run(rank), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -79,7 +77,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["act", "soft", "per_class", "paper"])
 def test_two_ranks_equal_one(ranks, name):
-    for whole, *parts in zip(_run(), *(r["history"] for r in ranks), strict=True):
+    for whole, *parts in zip(_run(), *ranks, strict=True):
         weights, state = whole[name]
         for (_, actual), tolerance in zip((p[name] for p in parts), (1e-12, 0), strict=True):
             expected = state if tolerance else parts[0][name][1]  # ranks agree exactly
@@ -88,18 +86,6 @@ def test_two_ranks_equal_one(ranks, name):
                 torch.testing.assert_close(actual[key], tensor, rtol=tolerance, atol=tolerance)
         found = [w for p in parts for w in p[name][0]]
         torch.testing.assert_close(found, weights)
-
-
-def test_blocks_of_all_ranks_are_gathered_exactly(ranks):
-    block = torch.tensor([[0.1, math.inf, math.nan, -1.0]])
-    for rank in ranks:
-        assert torch.equal(
-            rank["gathered"].nan_to_num(7), torch.stack([block, 2 * block]).nan_to_num(7)
-        )
-
-
-def test_gathering_in_a_single_process_adds_a_dimension():
-    assert gather_by_sum(torch.ones(2, 3)).tolist() == [[[1.0] * 3] * 2]
 
 
 @pytest.mark.parametrize("keep_absent", [False, True])

@@ -18,11 +18,30 @@ def get_world_size() -> int:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Return the sum over ranks, on every rank; a copy of the input in a single process."""
+    """Return the sum of any shape over ranks, on every rank; a copy in a single process."""
     total = tensor.clone()
     if get_world_size() > 1:
         dist.all_reduce(total)
     return total
+
+
+def all_gather(block: Tensor) -> Tensor:
+    """
+    Return every rank's block, exactly and in the order of ranks; a view in a single process.
+
+    Args:
+        block: any shape, the same on every rank. Other shapes are an error of the process group's
+            backend, or a hang; `TORCH_DISTRIBUTED_DEBUG=DETAIL` names them.
+
+    Returns:
+        (world size, *block.shape), the same on every rank.
+    """
+    if get_world_size() == 1:
+        return block[None]
+    # Flat, because backends differ in the other shapes that they take.
+    gathered = block.new_empty(get_world_size() * block.numel())
+    dist.all_gather_into_tensor(gathered, block.flatten())
+    return gathered.view(get_world_size(), *block.shape)
 
 
 def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
@@ -30,7 +49,7 @@ def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
     Average scalars over ranks with one reduction and one copy to the host.
 
     Args:
-        values: name to 0-dim tensor; the same names on every rank.
+        values: name to 0-dim tensor; the same names on every rank. Without any nothing is reduced.
     """
     if not values:
         return {}
@@ -47,7 +66,7 @@ def seed_step(seed: int, iteration: int) -> None:
     The hosts' samplers draw from the global generators; making the draws of an iteration depend
     on (seed, iteration, rank) alone is what makes a resumed run equal an uninterrupted one.
     """
-    # A multiplier per argument keeps neighboring iterations and ranks on different seeds.
+    # Distinct below iteration 1,000,003, which is iteration 0 of the next seed, and rank 65,537.
     torch.manual_seed(((seed * 1_000_003 + iteration) * 65_537 + get_rank()) % 2**63)
 
 

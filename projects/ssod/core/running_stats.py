@@ -15,24 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ssod.core.distributed import all_reduce_sum, get_rank, get_world_size
+from ssod.core.distributed import all_gather
 from ssod.core.structures import Detections
-
-
-def gather_by_sum(block: Tensor) -> Tensor:
-    """
-    Return every rank's block, exactly and in the order of ranks, with one sum over ranks.
-
-    Args:
-        block: any shape, the same on every rank. Other shapes are an error of the process group's
-            backend, or a hang; `TORCH_DISTRIBUTED_DEBUG=DETAIL` names them.
-
-    Returns:
-        (world size, *block.shape), the same on every rank.
-    """
-    slots = block.new_zeros(get_world_size(), *block.shape)
-    slots[get_rank()] = block
-    return all_reduce_sum(slots)
 
 
 class RunningSums(nn.Module):
@@ -145,7 +129,7 @@ class ScoreQueue(nn.Module):
     def __init__(self, num_classes: int, num_images: int, max_detections: int):
         super().__init__()
         self.num_classes = num_classes
-        # Both as float32, in which classes up to 2^24 are exact: one reduction for both.
+        # Both as float32, in which classes up to 2^24 are exact: one gather for both.
         self.register_buffer("rows", self._empty(torch.empty(0), num_images, max_detections))
         self.next_row = 0
         self.num_filled = 0
@@ -167,8 +151,8 @@ class ScoreQueue(nn.Module):
         """
         Add the images of all ranks; each rank calls this with the same number of images.
 
-        Of an image with more than `max_detections` detections the best are taken. One reduction,
-        of the same length with and without detections.
+        Of an image with more than `max_detections` detections the best are taken. One gather, of
+        the same length with and without detections.
         """
         capacity, max_detections, _ = self.rows.shape
         block = self._empty(self.rows, len(detections), max_detections)
@@ -179,7 +163,7 @@ class ScoreQueue(nn.Module):
                 scores, classes = scores[best], classes[best]
             row[: len(scores), 0] = scores
             row[: len(scores), 1] = classes.to(row)
-        images = gather_by_sum(block).flatten(0, 1)[-capacity:]
+        images = all_gather(block).flatten(0, 1)[-capacity:]
         places = torch.arange(self.next_row, self.next_row + len(images), device=images.device)
         self.rows[places % capacity] = images
         self.next_row = (self.next_row + len(images)) % capacity

@@ -13,8 +13,7 @@ import torch
 from fvcore.common.config import CfgNode
 
 from ssod.core.adaptive_threshold import AdaptiveClassThreshold
-from ssod.core.distributed import get_rank, get_world_size
-from ssod.core.running_stats import gather_by_sum
+from ssod.core.distributed import all_gather, get_rank, get_world_size
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import RunData
 from ssod.hosts.inference import find
@@ -70,7 +69,7 @@ def sweep_if_due(model: TeacherStudent, data: RunData, cfg: CfgNode, device: tor
         block[: len(scores), 0] = scores.to(device)
         block[: len(scores), 1] = torch.cat([d.classes for d in found]).to(block)
     block[-1, 0] = len(found)
-    blocks = gather_by_sum(block)
+    blocks = all_gather(block)
     num_images = int(blocks[:, -1, 0].sum())
     scores, classes = blocks[:, :-1].flatten(0, 1).unbind(1)
     adaptive.set_thresholds_from(scores, classes.long(), num_images)

@@ -5,11 +5,12 @@ from detectron2.engine import create_ddp_model
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
-from ssod.core.distributed import get_rank, leave_process_group
+from ssod.core.distributed import get_rank
 from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY, PseudoLabelFilter
 from ssod.core.structures import PseudoLabels, Targets, TwoStreamBatch, Views
 from ssod.data.build import load_run_data
 from ssod.data.loader import FailedImages
+from ssod.hosts.detectron2.launch import leave_process_group
 from ssod.hosts.detectron2.solver import build_clipper, build_optimizer
 from ssod.hosts.detectron2.trainer import TeacherStudentTrainer
 from ssod.hosts.sweep import sweep_if_due, tell_labels

@@ -68,11 +68,3 @@ def seed_step(seed: int, iteration: int) -> None:
     """
     # Distinct below iteration 1,000,003, which is iteration 0 of the next seed, and rank 65,537.
     torch.manual_seed(((seed * 1_000_003 + iteration) * 65_537 + get_rank()) % 2**63)
-
-
-def leave_process_group() -> None:
-    """Wait for all ranks and end the process group, if there is one; the last call of a program."""
-    # A process that exits with a group may be aborted by the threads of its backend.
-    if get_world_size() > 1:
-        dist.barrier()
-        dist.destroy_process_group()

@@ -16,10 +16,10 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from PIL import Image
 
-from ssod.core.distributed import leave_process_group
 from ssod.errors import InputError
 from ssod.evaluation.coco_metrics import coco_metrics
 from ssod.hosts.detectron2 import evaluators
+from ssod.hosts.detectron2.launch import leave_process_group
 from tiny_detectron2 import tiny_config
 
 CLASSES = ("cat", "dog")

@@ -20,7 +20,7 @@ from detectron2.utils.logger import setup_logger
 from torch.multiprocessing import ProcessExitedException
 
 from ssod.config import merge_config
-from ssod.core.distributed import get_rank, get_world_size, leave_process_group
+from ssod.core.distributed import get_rank, get_world_size
 from ssod.errors import InputError
 from ssod.evaluation.report import format_table
 from ssod.hosts.detectron2.defaults import get_config, scale_to_world_size
@@ -97,6 +97,14 @@ def _work(args: argparse.Namespace) -> None:
             time.sleep(5)
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(INPUT_ERROR)
+
+
+def leave_process_group() -> None:
+    """Wait for all ranks and end the process group, if there is one; the last call of a program."""
+    # A process that exits with a group may be aborted by the threads of its backend.
+    if get_world_size() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def main(args: argparse.Namespace) -> None:

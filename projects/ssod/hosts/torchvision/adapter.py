@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import (
     MultiScaleRoIAlign,
     batched_nms,
@@ -39,10 +40,12 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
 
     Args:
         backbone: features "0" to "3" at strides 4 to 32, and "pool" at 64 for the RPN.
-        num_classes: foreground classes K (torchvision's own argument counts the background).
+        num_classes: foreground classes K, of which `box_predictor` has one more.
+        rpn_anchor_generator: of five levels.
+        box_roi_pool: of features "0" to "3".
         rpn_ignore_weight: targets of a smaller weight are ignored by the RPN.
         focal_gamma: exponent of the classification loss, 0 for cross entropy.
-        **kwargs: of `torchvision.models.detection.FasterRCNN`.
+        **kwargs: of `torchvision.models.detection.FasterRCNN`, with `box_predictor`.
     """
 
     def __init__(
@@ -50,21 +53,24 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         backbone: nn.Module,
         num_classes: int,
         *,
+        rpn_anchor_generator: AnchorGenerator,
+        box_roi_pool: MultiScaleRoIAlign,
         rpn_ignore_weight: float = 0.5,
         focal_gamma: float = 0.0,
         **kwargs: Any,
     ):
-        predictor_given = kwargs.get("box_predictor") is not None
-        super().__init__(backbone, None if predictor_given else num_classes + 1, **kwargs)
+        num_anchors = rpn_anchor_generator.num_anchors_per_location()[0]
+        super().__init__(
+            backbone,
+            rpn_anchor_generator=rpn_anchor_generator,
+            rpn_head=_Float32RPNHead(backbone.out_channels, num_anchors),
+            # Left alone, it infers the scales from the first batch, wrongly for small images.
+            box_roi_pool=_pooler_of(box_roi_pool, POOLED_LEVELS),
+            **kwargs,
+        )
         self.num_classes = num_classes
         self.focal_gamma = focal_gamma
-        # The same module with two methods changed; building it anew would repeat ten arguments.
-        self.rpn.__class__ = _IgnoringRPN
-        self.rpn.ignore_weight = rpn_ignore_weight
-        # Left alone, torchvision infers the scales from the first batch, wrongly for small images.
-        self.roi_heads.box_roi_pool = _pooler_of(self.roi_heads.box_roi_pool, POOLED_LEVELS)
-        for predictor in (self.rpn.head, self.roi_heads.box_predictor):
-            predictor.register_forward_hook(_outputs_to_float)
+        self.rpn = _IgnoringRPN(self.rpn, rpn_ignore_weight)
 
     def preprocess(self, images: list[Tensor]) -> ImageBatch:
         """Scale to [0, 1], normalise, and pad to a multiple of 32."""
@@ -121,8 +127,8 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
             pool = _pooler_of(pool, POOLED_LEVELS[stride_shift:])
         embeddings = self.roi_heads.box_head(pool(features, boxes, image_shapes=[])).float()
         logits, deltas = self.roi_heads.box_predictor(embeddings)
-        deltas = deltas.reshape(len(deltas), self.num_classes + 1, 4)
-        return RegionOutput(logits.roll(-1, dims=1), deltas[:, 1:], embeddings)
+        deltas = deltas.float().reshape(len(deltas), self.num_classes + 1, 4)
+        return RegionOutput(logits.float().roll(-1, dims=1), deltas[:, 1:], embeddings)
 
     def levels(self, boxes: list[Tensor]) -> Tensor:
         """Ask the pooler's level mapper; see the base class."""
@@ -157,20 +163,47 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         return copy
 
 
-class _IgnoringRPN(RegionProposalNetwork):
-    """torchvision's RPN with ignored targets, and losses that are defined without samples."""
+class _Float32RPNHead(RPNHead):
+    """torchvision's, answering in fp32 also under autocast: boxes need more than 3 digits."""
 
-    ignore_weight: float
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        objectness, deltas = super().forward(x)
+        return [level.float() for level in objectness], [level.float() for level in deltas]
+
+
+class _IgnoringRPN(RegionProposalNetwork):
+    """The parts of an RPN with ignored targets, and losses that are defined without samples."""
+
+    def __init__(self, rpn: RegionProposalNetwork, ignore_weight: float):
+        super().__init__(
+            rpn.anchor_generator,
+            rpn.head,
+            rpn.proposal_matcher.high_threshold,
+            rpn.proposal_matcher.low_threshold,
+            rpn.fg_bg_sampler.batch_size_per_image,
+            rpn.fg_bg_sampler.positive_fraction,
+            rpn._pre_nms_top_n,
+            rpn._post_nms_top_n,
+            rpn.nms_thresh,
+            rpn.score_thresh,
+        )
+        self.ignore_weight = ignore_weight
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        labels, matched_boxes = super().assign_targets_to_anchors(anchors, targets)
-        for label, anchor, target in zip(labels, anchors, targets, strict=True):
-            if len(target["boxes"]):
-                nearest = self.box_similarity(target["boxes"], anchor).argmax(0)
-                ignored = target["weights"][nearest] < self.ignore_weight
-                label.masked_fill_((label == 1) & ignored, -1)
+        labels, matched_boxes = [], []
+        for anchor, target in zip(anchors, targets, strict=True):
+            if len(target["boxes"]) == 0:
+                labels.append(anchor.new_zeros(len(anchor)))
+                matched_boxes.append(torch.zeros_like(anchor))
+                continue
+            matched = self.proposal_matcher(self.box_similarity(target["boxes"], anchor))
+            rows, is_object = matched.clamp(min=0), matched >= 0
+            ignored = is_object & (target["weights"][rows] < self.ignore_weight)
+            ignored |= matched == self.proposal_matcher.BETWEEN_THRESHOLDS
+            labels.append(is_object.to(anchor).masked_fill(ignored, -1))
+            matched_boxes.append(target["boxes"][rows])
         return labels, matched_boxes
 
     def compute_loss(
@@ -212,10 +245,3 @@ def _pooler_of(pooler: MultiScaleRoIAlign, levels: Sequence[int]) -> MultiScaleR
         levels[0], levels[-1], new.canonical_scale, new.canonical_level
     )
     return new
-
-
-def _outputs_to_float(module: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """Forward hook: under autocast predictors answer in fp32, as boxes need more than 3 digits."""
-    if isinstance(outputs, Tensor):
-        return outputs.float()
-    return type(outputs)(_outputs_to_float(module, inputs, output) for output in outputs)

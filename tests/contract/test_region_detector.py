@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torchvision.ops import box_area
 
 from ssod.core.filters import FixedThreshold
-from ssod.core.structures import PseudoLabels, Targets, TwoStreamBatch, Views
+from ssod.core.structures import PseudoLabels, RegionSamples, Targets, TwoStreamBatch, Views
 from ssod.core.teacher_student import TeacherStudent
 
 NUM_CLASSES = 3
@@ -306,7 +306,23 @@ def test_no_regions_are_allowed(detector):
     output = detector.score_regions(detector.features(batch), [torch.zeros(0, 4)] * 2)
     assert output.logits.shape == (0, NUM_CLASSES + 1)
     assert output.deltas.shape[0] == 0
-    assert detector.decode(torch.zeros(0, 4), output.deltas).shape == output.deltas.shape
+    boxes = torch.zeros(0, 4)
+    assert detector.decode(boxes, output.deltas).shape == output.deltas.shape
+    assert detector.encode(boxes, boxes).shape == (0, 4)
+    found = detector.detect(boxes, output, output.logits.softmax(1), (64, 64))
+    assert (len(found), found.class_probs.shape) == (0, (0, NUM_CLASSES + 1))
+    samples = RegionSamples.from_matches(
+        [boxes] * 2, [torch.zeros(0).long()] * 2, [torch.zeros(0).long()] * 2, _targets([], []), 3
+    )
+    losses = detector.region_losses(output, samples)
+    assert all(loss == 0 and loss.requires_grad for loss in losses.values())
+
+
+def test_encoding_undoes_decoding(detector):
+    boxes, deltas = torch.tensor(TWO_BOXES), torch.tensor([[0.1, -0.2, 0.3, -0.4], [0.0] * 4])
+    decoded = detector.decode(boxes, deltas[:, None].expand(-1, NUM_CLASSES, -1))
+    for column in decoded.unbind(1):
+        torch.testing.assert_close(detector.encode(column, boxes), deltas, rtol=1e-4, atol=1e-5)
 
 
 def test_zero_deltas_decode_to_the_boxes_themselves(detector):

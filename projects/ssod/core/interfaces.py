@@ -9,21 +9,18 @@ given to `preprocess`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import skip_init
 
-from ssod.core.structures import (
-    Detections,
-    ImageBatch,
-    RegionOutput,
-    RegionSamples,
-    Targets,
-)
+from ssod.core.losses import weighted_box_loss, weighted_classification_loss
+from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples, Targets
 
 Features = dict[str, Tensor]
 Rescore = Callable[[Tensor, Tensor], Tensor]
@@ -52,24 +49,38 @@ class RegionDetector(nn.Module, ABC):
     A two-stage detector, split where the semi-supervised methods need to reach in.
 
     A host's adapter subclasses the host's model and this class, so parameter names stay the
-    host's. Methods follow the mode of the module (`train()` or `eval()`) as the host does.
+    host's. Methods follow the mode of the module (`train()` or `eval()`) as the host does. Every
+    one takes one or more images, each with or without boxes.
+
+    Attributes:
+        num_classes: K.
+        classifier: the box head's layer from D to K + 1.
+        background_first: whether column 0 of `classifier` is the background, not K.
+        focal_gamma: exponent of the classification loss, 0 for cross entropy.
+        box_loss_beta: where the box loss turns from L2 to L1; 0 for L1.
+        loss_weights: factors on the host's losses of regions, by name; 1 for others.
     """
 
     num_classes: int
+    classifier: nn.Linear
+    background_first = False
+    focal_gamma = 0.0
+    box_loss_beta = 0.0
+    loss_weights: Mapping[str, float] = {}
 
     @abstractmethod
     def preprocess(self, images: list[Tensor]) -> ImageBatch:
-        """Normalise and pad uint8 RGB (3, h, w) images as the host does; never resize."""
+        """Normalise and pad N uint8 RGB (3, h, w) images as the host does; never resize."""
 
     @abstractmethod
     def features(self, batch: ImageBatch) -> Features:
-        """Return the feature pyramid, finest level first."""
+        """Return the pyramid, finest first: fp32 (N, C, H / stride, W / stride) by level."""
 
     def predict(
         self, features: Features, batch: ImageBatch, rescore: Rescore | None = None
     ) -> list[Detections]:
         """
-        Detect objects, one `Detections` an image, without gradient concerns; eval mode only.
+        Detect objects: (R,) of each of N images, R = 0 allowed; eval mode only.
 
         `rescore(class_probs (R, K + 1), embeddings (R, D)) -> (R, K + 1)` is called once for the
         regions of all images before non-maximum suppression. The identity gives the host's own
@@ -100,6 +111,9 @@ class RegionDetector(nn.Module, ABC):
             output: of `score_regions` for them, R rows; only its logits are out of date.
             class_probs: (R, K + 1), what they became.
             size: (height, width) of the image, which detections are clipped to.
+
+        Returns:
+            At most as many detections as the host's limit; none if R is 0.
         """
 
     @abstractmethod
@@ -117,7 +131,16 @@ class RegionDetector(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, proposals: list[Tensor], targets: list[Targets]) -> RegionSamples:
-        """Draw training regions with the host's sampler (target boxes are added to the pool)."""
+        """
+        Draw training regions with the host's sampler, which adds target boxes to the pool.
+
+        Args:
+            proposals: (P_i, 4) of each image.
+            targets: (M_i,) of each image; without any all regions are background.
+
+        Returns:
+            R regions of all images.
+        """
 
     @abstractmethod
     def score_regions(
@@ -134,19 +157,40 @@ class RegionDetector(nn.Module, ABC):
 
     @abstractmethod
     def levels(self, boxes: list[Tensor]) -> Tensor:
-        """Return the pyramid level, log2 of its stride, that each region is pooled from: (R,)."""
+        """Return (R,) log2 of the stride that each of (R_i, 4) regions is pooled from."""
 
     @abstractmethod
-    def region_losses(self, output: RegionOutput, samples: RegionSamples) -> dict[str, Tensor]:
-        """Return the weighted `loss_cls` and `loss_box_reg` of sampled regions."""
+    def encode(self, gt_boxes: Tensor, boxes: Tensor) -> Tensor:
+        """Return the (R, 4) deltas that turn (R, 4) boxes into (R, 4) others."""
 
     @abstractmethod
     def decode(self, boxes: Tensor, deltas: Tensor) -> Tensor:
         """Apply (R, K or 1, 4) deltas to (R, 4) boxes, giving (R, K or 1, 4) boxes."""
 
-    @abstractmethod
+    def region_losses(self, output: RegionOutput, samples: RegionSamples) -> dict[str, Tensor]:
+        """
+        Return scalar `loss_cls` and `loss_box_reg` of R sampled regions, weighted by region.
+
+        Hosts' own losses have no hook for weights; with weights of 1 these equal them. With R = 0
+        they are zeros connected to `output`.
+        """
+        losses = {
+            "loss_cls": weighted_classification_loss(
+                output.logits, samples.probs, samples.weights, self.focal_gamma
+            ),
+            "loss_box_reg": weighted_box_loss(output, samples, self.encode, self.box_loss_beta),
+        }
+        return {name: loss * self.loss_weights.get(name, 1.0) for name, loss in losses.items()}
+
+    @torch.no_grad()
     def new_classifier(self) -> nn.Linear:
         """Return a copy of the classifier (D to K + 1), background last whatever the host does."""
+        source = self.classifier
+        # Without random draws: they would shift those of the training step.
+        new = skip_init(nn.Linear, source.in_features, source.out_features).to(source.weight)
+        for copied, values in zip(new.parameters(), source.parameters(), strict=True):
+            copied.copy_(values.roll(-1, dims=0) if self.background_first else values)
+        return new
 
     @contextmanager
     def fixed_norm_statistics(self) -> Iterator[None]:
@@ -162,7 +206,7 @@ class RegionDetector(nn.Module, ABC):
 
     def losses(self, features: Features, batch: ImageBatch, targets: list[Targets]) -> LossOutput:
         """
-        Compute the host's own losses, weighted by the targets; train mode only.
+        Compute the host's own losses of N images, weighted by (M_i,) targets; train mode only.
 
         The order of the calls keeps the host's random draws.
         """

@@ -17,10 +17,8 @@ from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, 
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from ssod.core.interfaces import Features, RegionDetector
-from ssod.core.losses import weighted_box_loss, weighted_classification_loss
 from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples, Targets
 from ssod.errors import InputError
 
@@ -86,6 +84,8 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
         super().__init__(**kwargs)
         _check_supported(self)
         self.focal_gamma = focal_gamma
+        self.box_loss_beta = self.roi_heads.box_predictor.smooth_l1_beta
+        self.loss_weights = self.roi_heads.box_predictor.loss_weight
         self.roi_heads.box_pooler.canonical_box_size = canonical_box_size
         self.num_classes = self.roi_heads.num_classes
 
@@ -106,20 +106,24 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
         return super().from_config(cfg) | own
 
     def preprocess(self, images: list[Tensor]) -> ImageBatch:
-        """Order the channels as `INPUT.FORMAT` says, normalise and pad."""
+        """Order channels of N uint8 (3, h, w) images as `INPUT.FORMAT` says, normalise and pad."""
         if self.input_format == "BGR":
             images = [image.flip(0) for image in images]
         batch = self.preprocess_image([{"image": image} for image in images])
         return ImageBatch(batch.tensor, batch.image_sizes)
 
     def features(self, batch: ImageBatch) -> Features:
-        """Return the pyramid in fp32: anchors and pooled boxes take the dtype of the features."""
+        """Return (N, C, h, w) levels by name, in fp32 as anchors and boxes take their dtype."""
         return {name: level.float() for name, level in self.backbone(batch.tensor).items()}
 
     def detect(
         self, boxes: Tensor, output: RegionOutput, class_probs: Tensor, size: tuple[int, int]
     ) -> Detections:
-        """Detect with the box predictor's own inference; see the base class."""
+        """
+        Detect in (R, 4) regions with the box predictor's own inference, R = 0 allowed.
+
+        `output` has R rows, `class_probs` is (R, K + 1), `size` (height, width).
+        """
         # The predictor takes logits, of which the logarithm of probabilities is one version.
         logits = class_probs.clamp(min=torch.finfo(class_probs.dtype).tiny).log()
         deltas = output.deltas.flatten(1)
@@ -143,7 +147,7 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
     def propose(
         self, features: Features, batch: ImageBatch, targets: list[Targets] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Run the RPN; see the base class."""
+        """Return (P_i, 4) proposals of each image and, of (M_i,) targets in train mode, losses."""
         instances = targets and [
             Instances(size, gt_boxes=Boxes(t.boxes), gt_weights=t.weights)
             for size, t in zip(batch.sizes, targets, strict=True)
@@ -154,7 +158,7 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
 
     @torch.no_grad()
     def sample(self, proposals: list[Tensor], targets: list[Targets]) -> RegionSamples:
-        """Draw regions with `ROIHeads.label_and_sample_proposals`."""
+        """Draw R regions from (P_i, 4) proposals and (M_i,) targets with `ROIHeads`' sampler."""
         # Sampling uses no image size; it carries `gt_*` fields along, here the row of the target.
         size = (0, 0)
         pool = [
@@ -183,7 +187,7 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
     def score_regions(
         self, features: Features, boxes: list[Tensor], stride_shift: int = 0
     ) -> RegionOutput:
-        """Pool and score regions; see the base class."""
+        """Pool and score R = sum(R_i) regions, (R_i, 4) of each image; R = 0 is allowed."""
         heads = self.roi_heads
         pooler, names = heads.box_pooler, heads.box_in_features
         if stride_shift:
@@ -198,39 +202,25 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
         return RegionOutput(logits.float(), deltas, embeddings.float())
 
     def levels(self, boxes: list[Tensor]) -> Tensor:
-        """Assign levels as the pooler does; see the base class."""
+        """Return (R,) levels of (R_i, 4) regions of each image, assigned as the pooler does."""
         pooler = self.roi_heads.box_pooler
         first, last = pooler.min_level, pooler.max_level
         canonical = (pooler.canonical_box_size, pooler.canonical_level)
         return first + assign_boxes_to_levels([Boxes(b) for b in boxes], first, last, *canonical)
 
-    def region_losses(self, output: RegionOutput, samples: RegionSamples) -> dict[str, Tensor]:
-        """Weighted version of `FastRCNNOutputLayers.losses`, which has no hook for weights."""
-        predictor = self.roi_heads.box_predictor
-
-        def encode(gt_boxes: Tensor, boxes: Tensor) -> Tensor:
-            return predictor.box2box_transform.get_deltas(boxes, gt_boxes)
-
-        losses = {
-            "loss_cls": weighted_classification_loss(
-                output.logits, samples.probs, samples.weights, self.focal_gamma
-            ),
-            "loss_box_reg": weighted_box_loss(output, samples, encode, predictor.smooth_l1_beta),
-        }
-        return {name: loss * predictor.loss_weight.get(name, 1.0) for name, loss in losses.items()}
+    def encode(self, gt_boxes: Tensor, boxes: Tensor) -> Tensor:
+        """Return the (R, 4) deltas from (R, 4) boxes to (R, 4) others, none of them empty."""
+        return self.roi_heads.box_predictor.box2box_transform.get_deltas(boxes, gt_boxes)
 
     def decode(self, boxes: Tensor, deltas: Tensor) -> Tensor:
-        """Apply (R, K or 1, 4) deltas to (R, 4) boxes."""
+        """Apply (R, K or 1, 4) deltas to (R, 4) boxes, giving (R, K or 1, 4) boxes."""
         transform = self.roi_heads.box_predictor.box2box_transform
         return transform.apply_deltas(deltas.flatten(1), boxes).reshape(deltas.shape)
 
-    def new_classifier(self) -> nn.Linear:
-        """Copy the classifier; the background is last already."""
-        source = self.roi_heads.box_predictor.cls_score
-        # Without random draws: they would shift those of the training step.
-        new = skip_init(nn.Linear, source.in_features, source.out_features).to(source.weight)
-        new.load_state_dict(source.state_dict())
-        return new
+    @property
+    def classifier(self) -> nn.Linear:
+        """The layer from D to K + 1, background last."""
+        return self.roi_heads.box_predictor.cls_score
 
 
 def _check_supported(model: GeneralizedRCNN) -> None:

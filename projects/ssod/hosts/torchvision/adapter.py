@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
@@ -27,7 +26,6 @@ from torchvision.ops import (
 from torchvision.ops.poolers import initLevelMapper
 
 from ssod.core.interfaces import Features, RegionDetector
-from ssod.core.losses import weighted_box_loss, weighted_classification_loss
 from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples, Targets
 
 POOLED_LEVELS = (2, 3, 4, 5)  # log2 of the strides that regions are pooled from
@@ -47,6 +45,9 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         focal_gamma: exponent of the classification loss, 0 for cross entropy.
         **kwargs: of `torchvision.models.detection.FasterRCNN`, with `box_predictor`.
     """
+
+    background_first = True
+    box_loss_beta = SMOOTH_L1_BETA
 
     def __init__(
         self,
@@ -73,7 +74,7 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         self.rpn = _IgnoringRPN(self.rpn, rpn_ignore_weight)
 
     def preprocess(self, images: list[Tensor]) -> ImageBatch:
-        """Scale to [0, 1], normalise, and pad to a multiple of 32."""
+        """Scale N uint8 (3, h, w) images to [0, 1], normalise, and pad to a multiple of 32."""
         normalised = [self.transform.normalize(image.float() / 255) for image in images]
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         return ImageBatch(
@@ -81,13 +82,17 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         )
 
     def features(self, batch: ImageBatch) -> Features:
-        """Return the pyramid in fp32: anchors and pooled boxes take the dtype of the features."""
+        """Return (N, C, h, w) levels "0" to "3" and "pool", fp32 as anchors take their dtype."""
         return {name: level.float() for name, level in self.backbone(batch.tensor).items()}
 
     def detect(
         self, boxes: Tensor, output: RegionOutput, class_probs: Tensor, size: tuple[int, int]
     ) -> Detections:
-        """Detect as `RoIHeads.postprocess_detections`; see the base class."""
+        """
+        Detect as `RoIHeads.postprocess_detections` in (R, 4) regions, R = 0 allowed.
+
+        `output` has R rows, `class_probs` is (R, K + 1), `size` (height, width).
+        """
         heads = self.roi_heads
         boxes = clip_boxes_to_image(self.decode(boxes, output.deltas), size)
         region, classes = torch.where(class_probs[:, :-1] > heads.score_thresh)
@@ -103,7 +108,7 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
     def propose(
         self, features: Features, batch: ImageBatch, targets: list[Targets] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Run the RPN; see the base class."""
+        """Return (P_i, 4) proposals of each image and, of (M_i,) targets in train mode, losses."""
         images = ImageList(batch.tensor, batch.sizes)
         host_targets = targets and [{"boxes": t.boxes, "weights": t.weights} for t in targets]
         proposals, losses = self.rpn(images, features, host_targets)
@@ -112,7 +117,7 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
 
     @torch.no_grad()
     def sample(self, proposals: list[Tensor], targets: list[Targets]) -> RegionSamples:
-        """Draw regions with `RoIHeads.select_training_samples`."""
+        """Draw R regions from (P_i, 4) proposals and (M_i,) targets with `RoIHeads`' sampler."""
         host_targets = [{"boxes": t.boxes, "labels": t.classes + 1} for t in targets]
         boxes, matched, labels, _ = self.roi_heads.select_training_samples(proposals, host_targets)
         classes = [torch.where(label == 0, self.num_classes, label - 1) for label in labels]
@@ -121,7 +126,7 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
     def score_regions(
         self, features: Features, boxes: list[Tensor], stride_shift: int = 0
     ) -> RegionOutput:
-        """Pool and score regions; see the base class."""
+        """Pool and score R = sum(R_i) regions, (R_i, 4) of each image; R = 0 is allowed."""
         pool = self.roi_heads.box_roi_pool
         if stride_shift:
             pool = _pooler_of(pool, POOLED_LEVELS[stride_shift:])
@@ -131,36 +136,22 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         return RegionOutput(logits.float().roll(-1, dims=1), deltas[:, 1:], embeddings)
 
     def levels(self, boxes: list[Tensor]) -> Tensor:
-        """Ask the pooler's level mapper; see the base class."""
+        """Return (R,) levels, 2 to 5, of (R_i, 4) regions of each image."""
         return self.roi_heads.box_roi_pool.map_levels(boxes) + POOLED_LEVELS[0]
 
-    def region_losses(self, output: RegionOutput, samples: RegionSamples) -> dict[str, Tensor]:
-        """Weighted version of `roi_heads.fastrcnn_loss`, which has no hook for weights."""
-
-        def encode(gt_boxes: Tensor, boxes: Tensor) -> Tensor:
-            return self.roi_heads.box_coder.encode([gt_boxes], [boxes])[0]
-
-        return {
-            "loss_cls": weighted_classification_loss(
-                output.logits, samples.probs, samples.weights, self.focal_gamma
-            ),
-            "loss_box_reg": weighted_box_loss(output, samples, encode, SMOOTH_L1_BETA),
-        }
+    def encode(self, gt_boxes: Tensor, boxes: Tensor) -> Tensor:
+        """Return the (R, 4) deltas from (R, 4) boxes to (R, 4) others, none of them empty."""
+        return self.roi_heads.box_coder.encode([gt_boxes], [boxes])[0]
 
     def decode(self, boxes: Tensor, deltas: Tensor) -> Tensor:
-        """Apply (R, K, 4) deltas to (R, 4) boxes."""
+        """Apply (R, K, 4) deltas to (R, 4) boxes, giving (R, K, 4) boxes."""
         decoded = self.roi_heads.box_coder.decode(deltas.flatten(1), [boxes])
         return decoded.reshape(deltas.shape)
 
-    def new_classifier(self) -> nn.Linear:
-        """Copy the classifier with the background moved from column 0 to the end."""
-        source = self.roi_heads.box_predictor.cls_score
-        # Without random draws: they would shift those of the training step.
-        copy = skip_init(nn.Linear, source.in_features, source.out_features).to(source.weight)
-        with torch.no_grad():
-            copy.weight.copy_(source.weight.roll(-1, dims=0))
-            copy.bias.copy_(source.bias.roll(-1, dims=0))
-        return copy
+    @property
+    def classifier(self) -> nn.Linear:
+        """The layer from D to K + 1, background first."""
+        return self.roi_heads.box_predictor.cls_score
 
 
 class _Float32RPNHead(RPNHead):

@@ -1,8 +1,11 @@
 import pytest
+import torch
 from torch import nn
-from torchvision.ops import FrozenBatchNorm2d
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.ops import FrozenBatchNorm2d, box_iou
 
 from ssod.config import merge_config
+from ssod.core.structures import Targets
 from ssod.errors import InputError
 from ssod.hosts.torchvision.build import build_backbone, build_detector
 from ssod.hosts.torchvision.defaults import get_config
@@ -90,3 +93,38 @@ def test_heads_have_the_configured_sizes():
     assert (predictor.cls_score.out_features, predictor.bbox_pred.out_features) == (6, 24)
     assert (rpn.cls_logits.out_channels, rpn.bbox_pred.out_channels) == (2, 8)
     assert detector.roi_heads.box_head.fc6.in_features == 16 * 3 * 3
+
+
+def _random_boxes(count, size):
+    corners = 100 * torch.rand(count, 2, 2)
+    return torch.cat([corners[:, 0], corners[:, 0] + 1 + size * corners[:, 1] / 100], 1)
+
+
+@pytest.mark.parametrize("counts", [(3, 0, 1), (0,), (20,)])
+def test_trusted_anchors_are_labeled_as_the_host_does_with_one_matching(counts):
+    torch.manual_seed(0)
+    rpn, calls = build_detector(_config()).rpn, []
+    anchors = [_random_boxes(200, size=60) for _ in counts]
+    targets = [{"boxes": _random_boxes(n, size=60), "weights": torch.ones(n)} for n in counts]
+    expected = RegionProposalNetwork.assign_targets_to_anchors(rpn, anchors, targets)
+    rpn.box_similarity = lambda *boxes: calls.append(1) or box_iou(*boxes)
+    labels, matched = rpn.assign_targets_to_anchors(anchors, targets)
+    assert len(calls) == sum(count > 0 for count in counts)
+    for actual, host in zip([*labels, *matched], [*expected[0], *expected[1]], strict=True):
+        torch.testing.assert_close(actual, host, rtol=0, atol=0)
+    assert any((label == 1).any() and (label == -1).any() for label in labels) or counts == (0,)
+
+
+def test_losses_of_the_rpn_are_zeros_where_every_anchor_is_ignored():
+    torch.manual_seed(0)
+    detector = build_detector(_config()).train()
+    detector.rpn.proposal_matcher.low_threshold = 0.0
+    batch = detector.preprocess([torch.randint(256, (3, 64, 64), dtype=torch.uint8)])
+    target = Targets.from_ground_truth(
+        torch.tensor([[4.0, 6.0, 40.0, 50.0]]), torch.tensor([1]), detector.num_classes
+    )
+    target.weights = torch.zeros(1)
+    _, losses = detector.propose(detector.features(batch), batch, [target])
+    assert [loss.item() for loss in losses.values()] == [0.0, 0.0]
+    sum(losses.values()).backward()
+    assert all((p.grad == 0).all() for p in detector.rpn.parameters())

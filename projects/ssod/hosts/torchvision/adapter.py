@@ -11,25 +11,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import (
-    MultiScaleRoIAlign,
-    batched_nms,
-    clip_boxes_to_image,
-    remove_small_boxes,
-)
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, remove_small_boxes
 from torchvision.ops.poolers import initLevelMapper
 
 from ssod.core.interfaces import Features, RegionDetector
 from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples, Targets
 
 POOLED_LEVELS = (2, 3, 4, 5)  # log2 of the strides that regions are pooled from
-SMOOTH_L1_BETA = 1 / 9  # torchvision's, for both of its box losses
 
 
 class TorchvisionRCNN(RegionDetector, FasterRCNN):
@@ -47,7 +40,7 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
     """
 
     background_first = True
-    box_loss_beta = SMOOTH_L1_BETA
+    box_loss_beta = 1 / 9  # torchvision's
 
     def __init__(
         self,
@@ -88,11 +81,7 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
     def detect(
         self, boxes: Tensor, output: RegionOutput, class_probs: Tensor, size: tuple[int, int]
     ) -> Detections:
-        """
-        Detect as `RoIHeads.postprocess_detections` in (R, 4) regions, R = 0 allowed.
-
-        `output` has R rows, `class_probs` is (R, K + 1), `size` (height, width).
-        """
+        """Detect in (R, 4) regions, maybe none, of (R, K + 1) class_probs, as the host does."""
         heads = self.roi_heads
         boxes = clip_boxes_to_image(self.decode(boxes, output.deltas), size)
         region, classes = torch.where(class_probs[:, :-1] > heads.score_thresh)
@@ -117,7 +106,7 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
 
     @torch.no_grad()
     def sample(self, proposals: list[Tensor], targets: list[Targets]) -> RegionSamples:
-        """Draw R regions from (P_i, 4) proposals and (M_i,) targets with `RoIHeads`' sampler."""
+        """Draw R regions of (P_i, 4) proposals and (M_i,) targets' boxes as `RoIHeads` does."""
         host_targets = [{"boxes": t.boxes, "labels": t.classes + 1} for t in targets]
         boxes, matched, labels, _ = self.roi_heads.select_training_samples(proposals, host_targets)
         classes = [torch.where(label == 0, self.num_classes, label - 1) for label in labels]
@@ -204,22 +193,10 @@ class _IgnoringRPN(RegionProposalNetwork):
         labels: list[Tensor],
         regression_targets: list[Tensor],
     ) -> tuple[Tensor, Tensor]:
-        positive, negative = (
-            torch.where(torch.cat(masks))[0] for masks in self.fg_bg_sampler(labels)
-        )
-        sampled = torch.cat([positive, negative])
+        losses = super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
         # torchvision divides by the number of samples, which is NaN if every anchor is ignored.
-        count = max(len(sampled), 1)
-        loss_cls = F.binary_cross_entropy_with_logits(
-            objectness.flatten()[sampled], torch.cat(labels)[sampled], reduction="sum"
-        )
-        loss_loc = F.smooth_l1_loss(
-            pred_bbox_deltas[positive],
-            torch.cat(regression_targets)[positive],
-            beta=SMOOTH_L1_BETA,
-            reduction="sum",
-        )
-        return loss_cls / count, loss_loc / count
+        nothing = (torch.cat(labels) < 0).all()
+        return losses[0].masked_fill(nothing, 0), losses[1].masked_fill(nothing, 0)
 
 
 def _pooler_of(pooler: MultiScaleRoIAlign, levels: Sequence[int]) -> MultiScaleRoIAlign:

@@ -1,17 +1,12 @@
-import math
-
 import pytest
 import torch
 
 from ssod.core.structures import (
     Detections,
-    ImageBatch,
     PseudoLabels,
     RegionOutput,
     RegionSamples,
     Targets,
-    TwoStreamBatch,
-    Views,
 )
 
 NUM_CLASSES = 3
@@ -92,36 +87,6 @@ def test_unequal_rows_are_refused_with_the_counts():
         RegionOutput(torch.zeros(2, 4), torch.zeros(3, 3, 4), torch.zeros(2, 5))
 
 
-def _all_tensors(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, (list, tuple)):
-        return [tensor for item in value for tensor in _all_tensors(item)]
-    if hasattr(value, "__dict__"):
-        return _all_tensors(list(vars(value).values()))
-    return []
-
-
-def test_to_reaches_lists_and_nested_containers():
-    images = [torch.zeros(3, 2, 2, dtype=torch.uint8)] * 2
-    labeled = Views(images, images, [_targets(1), _targets(0)], ["a", 7])
-    batch = TwoStreamBatch(labeled, Views(images, images, None, [8, 9]), failed=["x.jpg"])
-    moved = batch.to("meta")
-    tensors = _all_tensors(moved)
-    assert len(tensors) == 4 + 2 * 5 + 4
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert {tensor.device.type for tensor in _all_tensors(batch)} == {"cpu"}
-    assert isinstance(moved.labeled.targets[0], Targets)
-    assert moved.unlabeled.targets is None
-    assert (moved.labeled.image_ids, moved.failed) == (["a", 7], ["x.jpg"])
-
-
-def test_to_keeps_image_sizes():
-    moved = ImageBatch(torch.zeros(2, 3, 4, 4), [(4, 3), (2, 4)]).to(torch.float64)
-    assert moved.tensor.dtype == torch.float64
-    assert moved.sizes == [(4, 3), (2, 4)]
-
-
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_pseudo_labels_become_hard_targets_with_their_weights(rows):
     torch.manual_seed(0)
@@ -133,30 +98,6 @@ def test_pseudo_labels_become_hard_targets_with_their_weights(rows):
     assert targets.probs.dtype == labels.class_probs.dtype
     for row, label in zip(targets.probs.tolist(), labels.classes.tolist(), strict=True):
         assert row == [float(c == label) for c in range(NUM_CLASSES + 1)]
-
-
-def test_ground_truth_has_weight_one_and_one_hot_labels():
-    boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [1.0, 2.0, 3.0, 4.0]], dtype=torch.float64)
-    targets = Targets.from_ground_truth(boxes, torch.tensor([2, 0]), NUM_CLASSES)
-    assert torch.equal(targets.boxes, boxes)
-    assert targets.classes.tolist() == [2, 0]
-    assert targets.weights.tolist() == targets.box_weights.tolist() == [1.0, 1.0]
-    assert targets.probs.tolist() == [[0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
-    assert targets.probs.dtype == targets.weights.dtype == torch.float64
-
-
-def test_ground_truth_without_boxes():
-    empty = torch.zeros(0, dtype=torch.int64)
-    targets = Targets.from_ground_truth(torch.zeros(0, 4), empty, NUM_CLASSES)
-    assert len(targets) == 0
-    assert targets.probs.shape == (0, NUM_CLASSES + 1)
-
-
-@pytest.mark.parametrize("classes", [[0, 3], [-1, 2]])
-def test_ground_truth_of_an_unknown_class_is_refused(classes):
-    expected = rf"classes must be in \[0, 3\), got \[{min(classes)}, {max(classes)}\]"
-    with pytest.raises(ValueError, match=expected):
-        Targets.from_ground_truth(torch.zeros(2, 4), torch.tensor(classes), NUM_CLASSES)
 
 
 def _samples_reference(boxes, classes, matched, targets):
@@ -237,62 +178,3 @@ def test_samples_leave_the_targets_unchanged():
     )
     assert torch.equal(targets.weights, before[0])
     assert torch.equal(targets.probs, before[1])
-
-
-def _half_reference(images, divisor):
-    """Mean of 2 x 2 pixels, one at a time; pixels outside the image are zero."""
-    count, channels, height, width = images.shape
-    rows, columns = (divisor * math.ceil(size / 2 / divisor) for size in (height, width))
-    small = torch.zeros(count, channels, rows, columns, dtype=torch.float64)
-    for n in range(count):
-        for c in range(channels):
-            for y in range(height):
-                for x in range(width):
-                    small[n, c, y // 2, x // 2] += images[n, c, y, x] / 4
-    return small
-
-
-@pytest.mark.parametrize("divisor", [1, 4])
-@pytest.mark.parametrize("size", [(2, 2), (8, 6), (6, 10)])
-def test_half_is_the_mean_of_2x2_pixels_padded_to_the_divisor(size, divisor):
-    torch.manual_seed(0)
-    images = torch.rand(2, 3, *size, dtype=torch.float64)
-    half = ImageBatch(images, [size, (1, 2)]).half(divisor)
-    torch.testing.assert_close(half.tensor, _half_reference(images, divisor))
-
-
-@pytest.mark.parametrize("size", [(5, 8), (4, 7), (3, 3)])
-def test_half_keeps_the_last_row_and_column_of_an_odd_tensor(size):
-    torch.manual_seed(0)
-    images = torch.rand(1, 3, *size, dtype=torch.float64)
-    half = ImageBatch(images, [size]).half(divisor=1)
-    assert half.tensor.shape[-2:] == half.sizes[0]
-    torch.testing.assert_close(half.tensor, _half_reference(images, divisor=1))
-
-
-def test_nearest_half_keeps_every_other_pixel():
-    images = torch.rand(2, 3, 6, 8)
-    half = ImageBatch(images, [(6, 8), (5, 7)]).half(divisor=1, mode="nearest")
-    assert torch.equal(half.tensor, images[:, :, ::2, ::2])
-    assert half.sizes == [(3, 4), (3, 4)]
-
-
-def test_half_rounds_odd_sizes_up():
-    half = ImageBatch(torch.zeros(3, 3, 32, 64), [(31, 64), (32, 33), (1, 2)]).half()
-    assert half.sizes == [(16, 32), (16, 17), (1, 1)]
-    assert half.tensor.shape == (3, 3, 32, 32)
-
-
-def test_half_of_no_image():
-    half = ImageBatch(torch.zeros(0, 3, 64, 64), []).half()
-    assert len(half) == 0
-    assert half.tensor.shape == (0, 3, 32, 32)
-
-
-def test_slicing_a_batch_keeps_the_padding():
-    torch.manual_seed(0)
-    batch = ImageBatch(torch.rand(3, 3, 4, 4), [(4, 4), (3, 2), (1, 4)])
-    part = batch[1:]
-    assert len(part) == 2
-    assert part.sizes == [(3, 2), (1, 4)]
-    assert torch.equal(part.tensor, batch.tensor[1:])

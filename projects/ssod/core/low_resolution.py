@@ -22,7 +22,6 @@ from ssod.core.interfaces import Features, LossOutput, RegionDetector
 from ssod.core.self_distillation import SelfDistillation, self_distillation_loss
 from ssod.core.structures import (
     ImageBatch,
-    Interpolation,
     PseudoLabels,
     RegionSamples,
     Targets,
@@ -31,6 +30,7 @@ from ssod.errors import InputError
 
 __all__ = ["LowResolutionBranch", "self_distillation_loss"]
 
+Interpolation = Literal["bilinear", "nearest"]
 Proposals = Literal["rpn", "main"]
 Head = Literal["aux", "main"]
 HeadInit = Literal["main", "random"]
@@ -198,7 +198,7 @@ class LowResolutionBranch(nn.Module):
         pseudo_labels: list[PseudoLabels],
     ) -> dict[str, Tensor]:
         targets = [self._targets(labels) for labels in pseudo_labels]
-        small = batch.half(mode=self.interpolation)
+        small = batch.half()
         small_features = student.features(small)
         samples = self._sample(student, main, targets)
         output = student.score_regions(small_features, samples.boxes, stride_shift=STRIDE_SHIFT)

@@ -104,16 +104,13 @@ class RegionDetector(nn.Module, ABC):
         self, boxes: Tensor, output: RegionOutput, class_probs: Tensor, size: tuple[int, int]
     ) -> Detections:
         """
-        Decode one image's scored regions and suppress non-maxima as the host does.
+        Decode one image's R scored regions, maybe none, and suppress as the host does.
 
         Args:
             boxes: (R, 4) regions.
             output: of `score_regions` for them, R rows; only its logits are out of date.
             class_probs: (R, K + 1), what they became.
             size: (height, width) of the image, which detections are clipped to.
-
-        Returns:
-            At most as many detections as the host's limit; none if R is 0.
         """
 
     @abstractmethod
@@ -131,16 +128,7 @@ class RegionDetector(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, proposals: list[Tensor], targets: list[Targets]) -> RegionSamples:
-        """
-        Draw training regions with the host's sampler, which adds target boxes to the pool.
-
-        Args:
-            proposals: (P_i, 4) of each image.
-            targets: (M_i,) of each image; without any all regions are background.
-
-        Returns:
-            R regions of all images.
-        """
+        """Draw R regions of (P_i, 4) proposals and (M_i,) targets' boxes as the host does."""
 
     @abstractmethod
     def score_regions(
@@ -168,18 +156,12 @@ class RegionDetector(nn.Module, ABC):
         """Apply (R, K or 1, 4) deltas to (R, 4) boxes, giving (R, K or 1, 4) boxes."""
 
     def region_losses(self, output: RegionOutput, samples: RegionSamples) -> dict[str, Tensor]:
-        """
-        Return scalar `loss_cls` and `loss_box_reg` of R sampled regions, weighted by region.
-
-        Hosts' own losses have no hook for weights; with weights of 1 these equal them. With R = 0
-        they are zeros connected to `output`.
-        """
-        losses = {
-            "loss_cls": weighted_classification_loss(
-                output.logits, samples.probs, samples.weights, self.focal_gamma
-            ),
-            "loss_box_reg": weighted_box_loss(output, samples, self.encode, self.box_loss_beta),
-        }
+        """Return the host's `loss_cls` and `loss_box_reg` of R regions, weighted; R = 0 gives 0."""
+        loss_cls = weighted_classification_loss(
+            output.logits, samples.probs, samples.weights, self.focal_gamma
+        )
+        loss_box_reg = weighted_box_loss(output, samples, self.encode, self.box_loss_beta)
+        losses = {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
         return {name: loss * self.loss_weights.get(name, 1.0) for name, loss in losses.items()}
 
     @torch.no_grad()

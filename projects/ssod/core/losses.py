@@ -38,6 +38,9 @@ def weighted_classification_loss(
     Returns:
         Scalar `sum(weights * loss) / R`: every region counts in the divisor, also those of weight
         0. With R = 0 a zero connected to `logits`.
+
+    Raises:
+        ValueError: if gamma is below 0.
     """
     if gamma < 0:
         raise ValueError(f"gamma must be at least 0, got {gamma}")
@@ -61,7 +64,7 @@ def weighted_box_loss(
     Args:
         output: head outputs of the sampled regions, with class-specific (R, K, 4) or
             class-agnostic (R, 1, 4) deltas.
-        samples: the regions; those of class K (background) do not count.
+        samples: of R regions; those of class K (background) do not count.
         encode: the host's `(gt_boxes (R, 4), boxes (R, 4)) -> deltas (R, 4)`.
         beta: where the loss turns from L2 to L1; 0 for L1.
 

@@ -135,7 +135,7 @@ class ScoreQueue(nn.Module):
         self.num_filled = 0
 
     def get_extra_state(self) -> Tensor:
-        """Position in the ring, for the checkpoint; on the device reading it would be a sync."""
+        """Return (2,) position and images in the ring; on the device reading it would be a sync."""
         return torch.tensor([self.next_row, self.num_filled])
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -149,7 +149,7 @@ class ScoreQueue(nn.Module):
 
     def push(self, detections: list[Detections]) -> None:
         """
-        Add the images of all ranks; each rank calls this with the same number of images.
+        Add the images of all ranks, of (R,) detections each; as many images on every rank.
 
         Of an image with more than `max_detections` detections the best are taken. One gather, of
         the same length with and without detections.
@@ -170,7 +170,7 @@ class ScoreQueue(nn.Module):
         self.num_filled = min(self.num_filled + len(images), capacity)
 
     def scores_and_classes(self) -> tuple[Tensor, Tensor]:
-        """Return (R,) float32 scores and (R,) int64 classes in [0, K]; K for empty places."""
+        """Return (R,) float32 scores and int64 classes in [0, K], K in empty places; maybe none."""
         scores, classes = self.rows[: self.num_filled].flatten(0, 1).unbind(1)
         return scores, classes.long()
 
@@ -191,7 +191,7 @@ class LabelDistribution(nn.Module):
         self.num_labeled = 0
 
     def get_extra_state(self) -> Tensor:
-        """Number of labeled images, for the checkpoint."""
+        """Return the scalar number of labeled images, for the checkpoint."""
         return torch.tensor(self.num_labeled)
 
     def set_extra_state(self, state: Tensor) -> None:

@@ -119,11 +119,7 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
     def detect(
         self, boxes: Tensor, output: RegionOutput, class_probs: Tensor, size: tuple[int, int]
     ) -> Detections:
-        """
-        Detect in (R, 4) regions with the box predictor's own inference, R = 0 allowed.
-
-        `output` has R rows, `class_probs` is (R, K + 1), `size` (height, width).
-        """
+        """Detect in (R, 4) regions, maybe none, of (R, K + 1) class_probs, as the host does."""
         # The predictor takes logits, of which the logarithm of probabilities is one version.
         logits = class_probs.clamp(min=torch.finfo(class_probs.dtype).tiny).log()
         deltas = output.deltas.flatten(1)
@@ -158,7 +154,7 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
 
     @torch.no_grad()
     def sample(self, proposals: list[Tensor], targets: list[Targets]) -> RegionSamples:
-        """Draw R regions from (P_i, 4) proposals and (M_i,) targets with `ROIHeads`' sampler."""
+        """Draw R regions of (P_i, 4) proposals and (M_i,) targets' boxes as `ROIHeads` does."""
         # Sampling uses no image size; it carries `gt_*` fields along, here the row of the target.
         size = (0, 0)
         pool = [

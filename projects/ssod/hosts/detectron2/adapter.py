@@ -7,15 +7,17 @@ Shape shorthand: N images, R regions of all images, K foreground classes, D embe
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.modeling import GeneralizedRCNN
+from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.poolers import assign_boxes_to_levels
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, StandardROIHeads
-from detectron2.structures import Boxes, ImageList, Instances, pairwise_iou
+from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from ssod.core.interfaces import Features, RegionDetector
@@ -48,20 +50,31 @@ class IgnoringRPN(RPN):
     def label_and_sample_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Label as `RPN` does, but ignore what matches a target of low weight."""
-        anchors = Boxes.cat(anchors)
-        labels, matched_boxes = [], []
-        for target in gt_instances:
-            matched, label = self.anchor_matcher(pairwise_iou(target.gt_boxes, anchors))
-            if len(target):
-                ignored = target.gt_weights[matched] < self.ignore_weight
-                label = label.masked_fill((label == 1) & ignored, -1)
-                matched_boxes.append(target.gt_boxes.tensor[matched])
-            else:
-                matched_boxes.append(torch.zeros_like(anchors.tensor))
-            # Sampled afterwards, so that ignored anchors take no trusted one's place.
-            labels.append(self._subsample_labels(label))
-        return labels, matched_boxes
+        """
+        Label as `RPN` does, but ignore what matches a target of low weight.
+
+        It is ignored before the sampling, so that it takes no trusted anchor's place.
+        """
+        matcher, found = self.anchor_matcher, []
+        try:
+            # One image at a time: a matcher is not told whose overlaps it is given.
+            for target in gt_instances:
+                ignored = target.gt_weights < self.ignore_weight
+                self.anchor_matcher = functools.partial(_match, matcher, ignored)
+                found.append(super().label_and_sample_anchors(anchors, [target]))
+        finally:
+            self.anchor_matcher = matcher
+        return [labels for (labels,), _ in found], [boxes for _, (boxes,) in found]
+
+
+def _match(matcher: Matcher, ignored: Tensor, overlaps: Tensor) -> tuple[Tensor, Tensor]:
+    """Match (M, A) overlaps of targets and anchors; objects of the (M,) ignored ones become -1."""
+    matched, labels = matcher(overlaps)
+    if len(ignored):
+        # Detectron2 may have moved the overlaps to the CPU, for want of memory.
+        is_ignored = ignored.to(matched.device)[matched]
+        labels = labels.masked_fill((labels == 1) & is_ignored, -1)
+    return matched, labels
 
 
 class Detectron2RCNN(RegionDetector, GeneralizedRCNN):

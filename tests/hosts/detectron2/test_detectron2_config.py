@@ -49,6 +49,7 @@ def _schedule(cfg):
         "steps": solver.STEPS,
         "warm-up": solver.WARMUP_ITERS,
         "burn-in": ssod.BURN_IN_ITERS,
+        "refresh": ssod.FILTER.REFRESH_PERIOD,
     }
 
 
@@ -70,11 +71,34 @@ def test_all_that_depends_on_the_batch_is_scaled(cfg):
         "steps": (15000,),
         "warm-up": 500,
         "burn-in": 1000,
+        "refresh": 500,
     }
     # The share of the teacher that is left after as many images is the same.
     assert scaled.SSOD.EMA_DECAY == pytest.approx(0.9996**2)
+    assert scaled.SSOD.FILTER.EMA_DECAY == pytest.approx(0.999**2)
     assert scaled.is_frozen() and cfg.SOLVER.IMS_PER_BATCH == 16
     assert _schedule(scale_to_world_size(scaled, 4)) == _schedule(cfg)
+
+
+def test_a_training_has_as_many_sweeps_on_any_number_of_gpus():
+    path = PACKAGE.parents[1] / "configs/coco-standard/unbiased_teacher_R_50_FPN_1pct.yaml"
+    cfg = merge_config(get_config(), str(path), ["SSOD.FILTER.SOURCE", "sweep"])
+    for num_gpus in (1, 2, 4, 8, 16):
+        scaled = scale_to_world_size(cfg, num_gpus)
+        iterations = scaled.SOLVER.MAX_ITER - scaled.SSOD.BURN_IN_ITERS
+        assert iterations / scaled.SSOD.FILTER.REFRESH_PERIOD == 178
+
+
+@pytest.mark.parametrize(("period", "expected"), [(10, 1), (1, 1), (0, 0)])
+def test_a_period_is_scaled_to_one_at_least_and_a_wrong_one_stays_wrong(cfg, period, expected):
+    cfg.SSOD.FILTER.REFRESH_PERIOD = period
+    assert scale_to_world_size(cfg, 64).SSOD.FILTER.REFRESH_PERIOD == expected
+
+
+def test_a_wrong_decay_stays_wrong(cfg):
+    cfg.SSOD.EMA_DECAY, cfg.SSOD.FILTER.EMA_DECAY = -0.5, 1.5
+    scaled = scale_to_world_size(cfg, 1).SSOD
+    assert scaled.EMA_DECAY < 0 and scaled.FILTER.EMA_DECAY > 1
 
 
 def test_nothing_is_scaled_without_need(cfg):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -106,9 +107,9 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     Return the config for another number of processes than `SOLVER.REFERENCE_WORLD_SIZE`.
 
     Detectron2's linear scaling (`DefaultTrainer.auto_scale_workers`: batch and learning rate up,
-    schedule down) is applied to the unlabeled batch and the burn-in as well, and the EMA keeps its
-    length in images: decay ** scale (https://arxiv.org/abs/2307.13813). With a reference of 0
-    nothing changes.
+    schedule down) is applied to the unlabeled batch, the burn-in and the filter's refresh period as
+    well, and the EMAs of teacher and filter keep their length in images: decay ** scale
+    (https://arxiv.org/abs/2307.13813). With a reference of 0 nothing changes.
 
     Raises:
         InputError: if a batch is not a multiple of the reference.
@@ -132,8 +133,11 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     ssod = scaled.SSOD
     ssod.DATA.UNLABELED_PER_BATCH = ssod.DATA.UNLABELED_PER_BATCH // reference * world_size
     ssod.BURN_IN_ITERS = round(ssod.BURN_IN_ITERS / factor)
-    ssod.LSM.RAMP_ITERS = round(ssod.LSM.RAMP_ITERS / factor)
-    ssod.EMA_DECAY = ssod.EMA_DECAY**factor
+    period = ssod.FILTER.REFRESH_PERIOD
+    ssod.FILTER.REFRESH_PERIOD = max(round(period / factor), min(period, 1))  # 0 stays refused
+    for group in (ssod, ssod.FILTER):
+        # A negative one, which is refused later, would become complex.
+        group.EMA_DECAY = math.copysign(abs(group.EMA_DECAY) ** factor, group.EMA_DECAY)
     if frozen:
         scaled.freeze()
     return scaled

@@ -17,6 +17,7 @@ from ssod.hosts.detectron2.adapter import Detectron2RCNN
         ("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", True, "USE_SIGMOID_CE"),
         ("MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES", True, "TRAIN_ON_PRED_BOXES"),
         ("MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "PROPOSAL_GENERATOR.NAME RPN"),
+        ("MODEL.ANCHOR_GENERATOR.NAME", "RotatedAnchorGenerator", "RotatedAnchorGenerator"),
     ],
 )
 def test_head_that_is_not_supported_is_refused_with_those_that_are(key, value, found):

@@ -30,6 +30,11 @@ def test_the_defaults_can_be_used():
         ("TEST.AUG.ENABLED", "True"),
         ("TEST.PRECISE_BN.ENABLED", "True"),
         ("VIS_PERIOD", "10"),
+        ("VERSION", "1"),
+        ("FLOAT32_PRECISION", "low"),
+        ("SOLVER.LR_SCHEDULER_NAME", "WarmupStepWithFixedGammaLR"),
+        ("MODEL.RPN.BBOX_REG_LOSS_TYPE", "iou"),
+        ("MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ROIAlignRotated"),
         ("INPUT.FORMAT", "L"),
         ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN"),
     ],
@@ -37,6 +42,26 @@ def test_the_defaults_can_be_used():
 def test_what_would_be_left_out_in_silence_is_refused(key, value):
     with pytest.raises(InputError, match=f"{key} must be .*nothing else is supported"):
         check_config(merge_config(get_config(), "", [key, value]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("SOLVER.NESTEROV", "True", "SSOD.OPTIMIZER", "AdamW"), "NESTEROV .* got AdamW and 0.9"),
+        (("SOLVER.NESTEROV", "True", "SOLVER.MOMENTUM", "0"), "NESTEROV .* got SGD and 0.0"),
+        (
+            [
+                *("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
+                *("SOLVER.CLIP_GRADIENTS.NORM_TYPE", "1"),
+            ],
+            "NORM_TYPE must be 2.0 with CLIP_TYPE full_model, got 1.0",
+        ),
+        (("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, False, False, True]"), "needs a GPU"),
+    ],
+)
+def test_what_another_key_leaves_no_meaning_is_refused(overrides, message):
+    with pytest.raises(InputError, match=message):
+        check_config(merge_config(get_config(), "", ["MODEL.DEVICE", "cpu", *overrides]))
 
 
 def _schedule(cfg):

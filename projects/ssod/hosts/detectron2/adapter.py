@@ -249,6 +249,8 @@ def _check_supported(model: GeneralizedRCNN) -> None:
         found = "MODEL.ROI_BOX_HEAD.TRAIN_ON_PRED_BOXES"
     elif not isinstance(rpn, IgnoringRPN):
         found = f"MODEL.PROPOSAL_GENERATOR.NAME {type(rpn).__name__}"
+    elif rpn.anchor_generator.box_dim != 4:
+        found = f"MODEL.ANCHOR_GENERATOR.NAME {type(rpn.anchor_generator).__name__}"
     if found:
         raise _not_supported(found)
 

@@ -17,16 +17,22 @@ from ssod.errors import InputError
 LEVELS = ["p2", "p3", "p4", "p5"]
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 _SUPPORTED: dict[str, tuple[Any, ...]] = {  # values; what else Detectron2 has is not implemented
+    "VERSION": (2,),
     "MODEL.META_ARCHITECTURE": ("TeacherStudentRCNN",),
     "MODEL.LOAD_PROPOSALS": (False,),
+    "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou", "diou", "ciou"),
+    "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign", "ROIPool"),
     "INPUT.FORMAT": ("BGR", "RGB"),
     "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice",),
     "INPUT.CROP.ENABLED": (False,),
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
     "DATALOADER.ASPECT_RATIO_GROUPING": (True,),
+    # Detectron2's third, WarmupStepWithFixedGammaLR, fails after the last iteration of a training.
+    "SOLVER.LR_SCHEDULER_NAME": ("WarmupMultiStepLR", "WarmupCosineLR"),
     "TEST.AUG.ENABLED": (False,),
     "TEST.PRECISE_BN.ENABLED": (False,),
     "VIS_PERIOD": (0,),
+    "FLOAT32_PRECISION": ("", "highest", "high", "medium"),
     "SSOD.EVAL_MODEL": ("teacher", "student"),
     "SSOD.AMP_DTYPE": ("float16", "bfloat16"),
 }
@@ -80,15 +86,17 @@ def check_config(cfg: CfgNode) -> None:
         if found not in values:
             known = " or ".join(repr(value) for value in values)
             raise InputError(f"{key} must be {known}, got {found!r}: nothing else is supported")
-    if cfg.SOLVER.CHECKPOINT_PERIOD < 1:
-        raise InputError(
-            f"SOLVER.CHECKPOINT_PERIOD must be at least 1, got {cfg.SOLVER.CHECKPOINT_PERIOD}"
-        )
+    _check_solver(cfg)
     device = cfg.MODEL.DEVICE
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"MODEL.DEVICE {device!r} cannot be used here; set it to cpu") from error
+    if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE) and not device.startswith("cuda"):
+        raise InputError(
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE needs a GPU: Detectron2 has no gradient of "
+            f"deformable convolutions on MODEL.DEVICE {device!r}"
+        )
     if get_world_size() > 1 and device != DEFAULT_DEVICE:
         raise InputError(
             f"MODEL.DEVICE must be {DEFAULT_DEVICE!r} for several processes here, got {device!r}"
@@ -100,6 +108,25 @@ def check_config(cfg: CfgNode) -> None:
         and not torch.cuda.is_bf16_supported(False)
     ):
         raise InputError("this GPU does not have bfloat16; set SSOD.AMP_DTYPE float16")
+
+
+def _check_solver(cfg: CfgNode) -> None:
+    solver = cfg.SOLVER
+    if solver.CHECKPOINT_PERIOD < 1:
+        raise InputError(
+            f"SOLVER.CHECKPOINT_PERIOD must be at least 1, got {solver.CHECKPOINT_PERIOD}"
+        )
+    if solver.NESTEROV and (cfg.SSOD.OPTIMIZER != "SGD" or not solver.MOMENTUM):
+        raise InputError(
+            "SOLVER.NESTEROV True needs SSOD.OPTIMIZER SGD and a SOLVER.MOMENTUM above 0, got "
+            f"{cfg.SSOD.OPTIMIZER} and {solver.MOMENTUM}"
+        )
+    clip = solver.CLIP_GRADIENTS
+    if clip.CLIP_TYPE == "full_model" and clip.NORM_TYPE != 2:
+        raise InputError(
+            "SOLVER.CLIP_GRADIENTS.NORM_TYPE must be 2.0 with CLIP_TYPE full_model, got "
+            f"{clip.NORM_TYPE}"
+        )
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:

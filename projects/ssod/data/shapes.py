@@ -7,7 +7,6 @@ Small enough to be made in seconds on one core, so tests and trials need no down
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from PIL import Image
 
 from ssod.data.shapes_scene import CLASS_NAMES, Scene, draw_scene
 from ssod.errors import InputError
+from ssod.files import replacing
 
 CATEGORY_IDS = (1, 2, 3, 5, 8, 13)
 """COCO category id of each class; sparse, as COCO's own are."""
@@ -161,10 +161,8 @@ def _write_coco(path: Path, images: list[dict], annotations: list[dict]) -> None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write through a temporary file, so that an interruption leaves no half of one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _manifest(spec: ShapesSpec, complete: bool) -> dict[str, Any]:

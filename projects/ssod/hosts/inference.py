@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from fvcore.common.config import CfgNode
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssod.core.interfaces import RegionDetector
 from ssod.core.structures import Detections, PseudoLabels
@@ -22,12 +22,17 @@ IMAGES_PER_BATCH = 8  # images of other sizes in a batch change the padding, and
 
 
 def _over_images(
+    module: nn.Module,
     label: Callable[[list[Tensor]], list[Found]],
     dataset: DetectionDataset,
     cfg: CfgNode,
     skip_broken: bool = False,
 ) -> Iterator[tuple[ImageRecord, Found]]:
-    """Yield what `label` finds in each image, on the CPU and in the image's original pixels."""
+    """
+    Yield what `label` finds in each image, on the CPU and in the image's original pixels.
+
+    `module` is in eval mode meanwhile, and in its own again whatever ends this.
+    """
     loader = build_test_loader(
         dataset,
         min_size=cfg.INPUT.MIN_SIZE_TEST,
@@ -36,11 +41,16 @@ def _over_images(
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         skip_broken=skip_broken,
     )
-    for views in filter(None, loader):
-        for view, found in zip(views, label([v.image for v in views]), strict=True):
-            found = found.to("cpu")
-            found.boxes = map_boxes(found.boxes, torch.linalg.inv(view.matrix))
-            yield dataset[view.index], found
+    was_training = module.training
+    module.eval()
+    try:
+        for views in filter(None, loader):
+            for view, found in zip(views, label([v.image for v in views]), strict=True):
+                found = found.to("cpu")
+                found.boxes = map_boxes(found.boxes, torch.linalg.inv(view.matrix))
+                yield dataset[view.index], found
+    finally:
+        module.train(was_training)
 
 
 def find(
@@ -60,12 +70,10 @@ def find(
         device: of the detector.
         skip_broken: leave out images that cannot be decoded.
 
-    Yields:
-        Each image's record and detections in its original pixels, on the CPU; without class
-        probabilities and embeddings.
+    Returns:
+        An iterator over each image's record and detections in its original pixels, on the CPU;
+        without class probabilities and embeddings.
     """
-    was_training = detector.training
-    detector.eval()
 
     @torch.no_grad()
     def label(images: list[Tensor]) -> list[Detections]:
@@ -77,10 +85,7 @@ def find(
             for d in found
         ]
 
-    try:
-        yield from _over_images(label, dataset, cfg, skip_broken)
-    finally:
-        detector.train(was_training)
+    return _over_images(detector, label, dataset, cfg, skip_broken)
 
 
 def detect(
@@ -109,12 +114,8 @@ def label_images(
     Returns:
         Each image's record and pseudo-labels in its original pixels.
     """
-    was_training = model.training
-    model.eval()
 
     def label(images: list[Tensor]) -> list[PseudoLabels]:
         return model.pseudo_labels([image.to(device) for image in images])
 
-    labeled = list(_over_images(label, dataset, cfg))
-    model.train(was_training)
-    return labeled
+    return list(_over_images(model, label, dataset, cfg))

@@ -144,6 +144,19 @@ def test_detections_lie_in_their_image_and_have_its_categories(trainer):
         assert x + width <= record.width + 1e-3 and y + height <= record.height + 1e-3
 
 
+def test_a_model_is_in_its_own_mode_again_after_an_error(trainer, monkeypatch):
+    def fail(images):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(trainer.model, "pseudo_labels", fail)
+    monkeypatch.setattr(trainer.model.student, "predict", lambda *args: fail(args))
+    trainer.model.train()
+    for run, model in ((label_images, trainer.model), (detect, trainer.model.student)):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run(model, trainer.data.val, trainer.cfg, CPU)
+        assert model.training
+
+
 def test_pseudo_labels_are_the_teachers_detections_above_the_threshold(trainer, resizing):
     cfg, originals, _, _ = resizing
     labeled = label_images(trainer.model, originals, cfg, CPU)

@@ -25,9 +25,6 @@ class PseudoLabelQuality:
         recall: share of the true boxes that are matched.
         num_per_image: mean number of pseudo-boxes an image.
         true_per_image: mean number of true boxes an image.
-        mean_iou: mean IoU of the matched pairs.
-        class_precision: (K,) float64 precision of each class.
-        class_recall: (K,) float64 recall of each class.
         class_kl: KL divergence, in nats, of the pseudo-boxes' class distribution from that of the
             true boxes, each with one box a class added so that it is finite.
     """
@@ -37,9 +34,6 @@ class PseudoLabelQuality:
     recall: float
     num_per_image: float
     true_per_image: float
-    mean_iou: float
-    class_precision: Tensor
-    class_recall: Tensor
     class_kl: float
 
 
@@ -75,8 +69,7 @@ def pseudo_label_quality(
     if not 0 < iou_thresh <= 1:
         raise ValueError(f"iou_thresh must be in (0, 1], got {iou_thresh}")
     found, true = torch.zeros(2, num_classes, dtype=torch.int64).unbind()
-    hits = torch.zeros(num_classes, dtype=torch.int64)
-    iou_sum = weight_sum = weight_of_hits = 0.0
+    num_hits, weight_sum, weight_of_hits = 0, 0.0, 0.0
     weights = [torch.ones_like(score) for score in scores] if weights is None else weights
     images = zip(boxes, scores, classes, weights, true_boxes, true_classes, strict=True)
     for box, score, label, weight, true_box, true_label in images:
@@ -86,24 +79,20 @@ def pseudo_label_quality(
         # Two boxes without area have no IoU.
         ious = box_iou(box, true_box.double().cpu()).nan_to_num()
         ious[label[:, None] != true_label] = 0
-        matched_ious = _match_greedily(ious, iou_thresh)
+        matched = _match_greedily(ious, iou_thresh)
         found += label.bincount(minlength=num_classes)
         true += true_label.bincount(minlength=num_classes)
-        hits += label[matched_ious > 0].bincount(minlength=num_classes)
-        iou_sum += float(matched_ious.sum())
+        num_hits += int(matched.sum())
         weight = weight[order].double().cpu()
         weight_sum += float(weight.sum())
-        weight_of_hits += float(weight[matched_ious > 0].sum())
-    num_images, num_hits = max(len(boxes), 1), int(hits.sum())
+        weight_of_hits += float(weight[matched].sum())
+    num_images = max(len(boxes), 1)
     return PseudoLabelQuality(
         precision=num_hits / max(int(found.sum()), 1),
         weighted_precision=weight_of_hits / weight_sum if weight_sum else 0.0,
         recall=num_hits / max(int(true.sum()), 1),
         num_per_image=int(found.sum()) / num_images,
         true_per_image=int(true.sum()) / num_images,
-        mean_iou=iou_sum / max(num_hits, 1),
-        class_precision=hits.double() / found.clamp(min=1),
-        class_recall=hits.double() / true.clamp(min=1),
         class_kl=_divergence(true, found),
     )
 
@@ -114,14 +103,14 @@ def _divergence(true: Tensor, found: Tensor) -> float:
 
 
 def _match_greedily(ious: Tensor, iou_thresh: float) -> Tensor:
-    """(R,) IoU of the column each row of (R, M) takes, 0 for none; first row chooses first."""
+    """(R,) bool, which rows of (R, M) have taken a column; the first row chooses first."""
     ious = ious.clone()
-    matched = ious.new_zeros(len(ious))
+    matched = torch.zeros(len(ious), dtype=torch.bool)
     if ious.shape[1] == 0:
         return matched
     for row in range(len(ious)):
         iou, column = ious[row].max(dim=0)
         if iou >= iou_thresh:
-            matched[row] = iou
+            matched[row] = True
             ious[:, column] = 0
     return matched

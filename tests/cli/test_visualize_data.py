@@ -96,6 +96,13 @@ def test_hidden_truth_is_drawn_if_it_is_known(visualize):
     assert not _has_truth(visualize("--num-images", 2, options=no_truth)[1]["unlabeled.png"])
 
 
+def test_hidden_truth_of_a_split_is_drawn(visualize, capsys):
+    none = [f"SSOD.DATA.UNLABELED_{end}" for end in ("JSON", "IMAGES", "TRUTH_JSON")]
+    options = ("SSOD.DATA.PERCENT", 50, *(item for key in none for item in (key, "")))
+    assert _has_truth(visualize("--num-images", 3, options=options)[1]["unlabeled.png"])
+    assert all(int(row[1]) > 0 for row in _rows(capsys.readouterr().out, "/unlabeled.png"))
+
+
 def test_drawing_pseudo_boxes_changes_the_unlabeled_picture_alone(visualize, first_run):
     _, bare = visualize("--num-images", 2)
     _, boxed = visualize("--num-images", 2, "--weights", first_run)

@@ -1,13 +1,15 @@
 import json
 import logging
 import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
-from ssod.data.build import load_run_data
+from ssod.data.build import build_train_loader, load_run_data
+from ssod.data.loader import first_samples
 from ssod.errors import InputError
-from tiny_run import SPEC, tiny_config
+from tiny_run import BURN_IN_ITERS, SPEC, differences, tiny_config
 
 NO_UNLABELED = [f"SSOD.DATA.UNLABELED_{end}" for end in ("JSON", "IMAGES", "TRUTH_JSON")]
 NO_UNLABELED = [item for key in NO_UNLABELED for item in (key, "")]
@@ -79,6 +81,26 @@ def test_percent_splits_the_labeled_set_in_two(load, percent):
     assert len(labeled) == round(percent / 100 * len(whole))
     assert sorted([*labeled, *unlabeled]) == whole.image_ids
     assert set(labeled).isdisjoint(unlabeled)
+
+
+def test_boxes_of_unlabeled_images_reach_neither_set_nor_samples(tmp_path, shapes):
+    """Of a split, whose images have them until then; the hidden truth keeps them."""
+    cfg = tiny_config(shapes, tmp_path, *NO_UNLABELED, "SSOD.DATA.PERCENT", 50)
+    data = load_run_data(cfg)
+    assert data.unlabeled.box_counts.tolist() == [0, 0, 0]
+    assert all(len(data.unlabeled[index].boxes) == 0 for index in range(3))
+    assert (data.hidden_truth.box_counts > 0).all()
+    _, samples = first_samples(build_train_loader(cfg, data, BURN_IN_ITERS), 3)
+    assert [(len(s.boxes), len(s.classes)) for s in samples] == [(0, 0)] * 3
+
+
+def test_boxes_of_unlabeled_images_change_no_batch(tmp_path, shapes):
+    cfg = tiny_config(shapes, tmp_path, *NO_UNLABELED, "SSOD.DATA.PERCENT", 50)
+    data = load_run_data(cfg)
+    with_boxes = replace(data, unlabeled=data.hidden_truth)
+    batches = [build_train_loader(cfg, sets, BURN_IN_ITERS) for sets in (data, with_boxes)]
+    for one, other in zip(*batches, strict=True):
+        assert not differences(asdict(one), asdict(other))
 
 
 def test_hidden_truth_of_a_split_is_what_its_labels_were(load):

@@ -1,5 +1,6 @@
 import multiprocessing
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,3 +121,11 @@ def test_forked_processes_read_the_same_entries():
         process.join()
     expected = [(r.image_id, r.file_name, r.height, r.boxes.tolist()) for r in _records(40)]
     assert found == [expected, expected]
+
+
+@pytest.mark.parametrize("count", [0, 1, 12])
+def test_a_set_without_its_boxes_has_the_same_images(count):
+    dataset = DetectionDataset(_records(count), list("abcde"), range(5))
+    bare = [replace(r, boxes=r.boxes[:0], classes=r.classes[:0]) for r in _records(count)]
+    _assert_same(dataset.without_boxes(), bare)
+    _assert_same(dataset, list(_records(count)))

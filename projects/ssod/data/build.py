@@ -148,7 +148,7 @@ def make_run_data(cfg: CfgNode, sets: RunData, names: tuple[str, str, str]) -> R
 
     Args:
         cfg: `SSOD.DATA.PERCENT` and `SPLIT_SEED` ask for a split.
-        sets: as they were read.
+        sets: as they were read; boxes of the unlabeled set are dropped.
         names: what to call the labeled set, the validation set and the hidden truth in errors.
 
     Raises:
@@ -163,6 +163,7 @@ def make_run_data(cfg: CfgNode, sets: RunData, names: tuple[str, str, str]) -> R
         labeled, unlabeled = split_labeled(cfg, labeled)
         hidden_truth = unlabeled
     if unlabeled is not None:
+        unlabeled = unlabeled.without_boxes()  # wherever it is from: boxes must not leak
         check_disjoint(labeled, unlabeled)
     if sets.val is not None:
         check_disjoint(labeled, sets.val, "for validation")

@@ -166,6 +166,13 @@ class DetectionDataset:
             self._classes[rows],
         )
 
+    def without_boxes(self) -> DetectionDataset:
+        """Return the same images with M = 0 boxes each."""
+        bare = copy.copy(self)
+        no_boxes, no_classes = np.empty((0, 4), np.float32), np.empty(0, np.int64)
+        bare._set_boxes(no_boxes, no_classes, np.zeros(len(self), np.int32))
+        return bare
+
     def select(self, image_ids: Iterable[int | str]) -> DetectionDataset:
         """
         Return the images with these ids, in the order of this set.

@@ -142,17 +142,16 @@ def read_catalog(
 def _read_unlabeled(
     names: Sequence[str], labeled: DetectionDataset
 ) -> tuple[DetectionDataset, DetectionDataset | None]:
-    """Return the images without boxes, and with them if all sets have boxes of these classes."""
+    """Return the images, and again as hidden truth if all sets have boxes of these classes."""
     sets = [_read_set(name) for name in names]
-    # Annotations are dropped so that they cannot leak.
-    bare = [(name, [e | {"annotations": ()} for e in entries]) for name, entries in sets]
-    classes = (labeled.class_names, labeled.category_ids)
-    unlabeled = _make_dataset(bare, *classes, False)
     has_truth = all(
         _class_names(name) == labeled.class_names and any(_has_objects(e) for e in entries)
         for name, entries in sets
     )
-    return unlabeled, _make_dataset(sets, *classes, True) if has_truth else None
+    if not has_truth:
+        sets = [(name, [e | {"annotations": ()} for e in entries]) for name, entries in sets]
+    found = _make_dataset(sets, labeled.class_names, labeled.category_ids, True)
+    return found, found if has_truth else None
 
 
 def _class_names(name: str) -> list[str]:

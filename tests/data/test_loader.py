@@ -109,6 +109,26 @@ def test_workers_and_resuming_change_nothing(make_dataset):
     assert _flat(run(start_iter=4)) == expected[4:]
 
 
+def _num_bytes(views):
+    """Bytes of the storages behind the views of a batch, which is what a worker sends."""
+    storages = [view.untyped_storage() for view in views.weak + views.strong]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_view_that_is_not_learned_is_not_sent(make_dataset, num_workers):
+    labeled, unlabeled = make_dataset("labeled"), make_dataset("unlabeled")
+    whole = _batches(labeled, unlabeled)
+    run = partial(_batches, labeled, unlabeled, labeled_strong=False, num_workers=num_workers)
+    for batch, expected in zip(run(), whole, strict=True):
+        assert batch.labeled.strong == []
+        assert _num_bytes(batch.labeled) == sum(view.numel() for view in batch.labeled.weak)
+        assert _num_bytes(batch.labeled) == _num_bytes(expected.labeled) / 2
+        assert _flat(batch.labeled.weak) == _flat(expected.labeled.weak)
+        assert _flat(batch.labeled.targets) == _flat(expected.labeled.targets)
+        assert _flat(batch.unlabeled) == _flat(expected.unlabeled)
+
+
 def test_a_sample_looks_different_in_every_epoch_and_stream(make_dataset):
     one = make_dataset("one", 1)
     batches = _batches(

@@ -147,8 +147,10 @@ def _pseudo_labels(
 
 
 def _draw_views(sample: TrainingSample, **boxes: Any) -> Iterator[Image.Image]:
-    """Draw the same boxes on the weak and the strong view."""
+    """Draw the same boxes on the weak and, if there is one, the strong view."""
     for view in (sample.weak, sample.strong):
+        if view is None:
+            return
         image = view.permute(1, 2, 0).numpy()
         yield draw_boxes(image, scale=_SIDE / max(image.shape), **boxes)
 
@@ -159,11 +161,9 @@ def _labeled_cells(samples: list[TrainingSample], names: Sequence[str], cfg: Cfg
     for sample in samples:
         texts = [names[label] for label in sample.classes.tolist()]
         boxes = {"boxes": sample.boxes.numpy(), "classes": sample.classes.numpy(), "texts": texts}
-        for view, picture in zip(("weak", "strong"), _draw_views(sample, **boxes), strict=True):
-            is_learned = learned in ("both", view)
-            if is_learned or view == "weak":  # where only weak ones are learned, no other is made
-                note = "" if is_learned else ", not learned"
-                cells.append((picture, f"{sample.image_id}: {view} view{note}"))
+        for view, picture in zip(("weak", "strong"), _draw_views(sample, **boxes), strict=False):
+            note = "" if learned in ("both", view) else ", not learned"
+            cells.append((picture, f"{sample.image_id}: {view} view{note}"))
     return cells
 
 

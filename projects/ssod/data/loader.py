@@ -47,8 +47,8 @@ def build_two_stream_loader(
 
     Before `burn_in_iters` no unlabeled image is decoded and `unlabeled` of the batches is None.
     Labeled images without boxes are used, with M = 0 targets. Batch sizes are those of all ranks;
-    for the arguments see `TwoStreamSampler` and `make_views`. Without `labeled_strong` labeled
-    images have their weak view in both places, which saves the augmentation.
+    for the arguments see `TwoStreamSampler` and `make_views`. Without `labeled_strong` the strong
+    views of labeled images are neither made nor sent, and their list is empty.
 
     Raises:
         InputError: for batch sizes that do not fit `world_size` and empty sets. While iterating:
@@ -209,7 +209,8 @@ def _collate(samples: list[TrainingSample], num_classes: int) -> TwoStreamBatch:
 
 
 def _make_batch(samples: list[TrainingSample], targets: list[Targets] | None) -> Views:
-    views = [sample.weak for sample in samples] + [sample.strong for sample in samples]
+    views = [sample.weak for sample in samples]
+    views += [sample.strong for sample in samples if sample.strong is not None]
     storage = torch.cat([view.flatten() for view in views])
     parts = storage.split([view.numel() for view in views])
     views = [part.view(view.shape) for part, view in zip(parts, views, strict=True)]

@@ -33,7 +33,7 @@ class TrainingSample:
     Attributes:
         stream: LABELED or UNLABELED.
         weak: (3, h, w) uint8.
-        strong: the same shape.
+        strong: the same shape; None for a labeled image of which only the weak view is learned.
         boxes: (M, 4) float32 pixels of the views.
         classes: (M,) int64.
         image_id: of the image used.
@@ -43,7 +43,7 @@ class TrainingSample:
 
     stream: int
     weak: Tensor
-    strong: Tensor
+    strong: Tensor | None
     boxes: Tensor
     classes: Tensor
     image_id: int | str

@@ -43,7 +43,7 @@ def make_views(
     max_size: int,
     flip: bool,
     with_strong: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """
     Make two views of one geometry: resized and maybe flipped, then the same with strong colours.
 
@@ -54,18 +54,19 @@ def make_views(
         min_sizes: the shorter side of the views is one of these, in pixels.
         max_size: bound on the longer side.
         flip: whether half of the images are flipped horizontally.
-        with_strong: whether the strong view is wanted; if not, the weak one stands in for it.
+        with_strong: whether the strong view is wanted.
 
     Returns:
-        weak and strong view, (3, h, w) uint8, and the (M, 4) boxes in pixels of both.
+        weak and strong view, (3, h, w) uint8, and the (M, 4) boxes in pixels of both. The strong
+        one is None if it is not wanted.
     """
     min_size = min_sizes[rng.integers(len(min_sizes))]
     weak, matrix = _resize(image, min_size, max_size)
     if flip and rng.random() < 0.5:
         weak = np.ascontiguousarray(weak[:, ::-1])
         matrix = view_matrix(1.0, 1.0, flip_width=weak.shape[1]) @ matrix
-    strong = strong_augment(weak, rng) if with_strong else weak
-    return _to_tensor(weak), _to_tensor(strong), map_boxes(torch.from_numpy(boxes), matrix)
+    strong = _to_tensor(strong_augment(weak, rng)) if with_strong else None
+    return _to_tensor(weak), strong, map_boxes(torch.from_numpy(boxes), matrix)
 
 
 def make_test_view(image: np.ndarray, min_size: int, max_size: int) -> tuple[Tensor, Tensor]:

@@ -76,7 +76,7 @@ def build_two_stream_loader(
         flip=flip,
         labeled_strong=labeled_strong,
     )
-    return _Loader(
+    return BatchLoader(
         dataset,
         partial(_collate, num_classes=labeled.num_classes),
         batch_sampler=sampler,
@@ -103,7 +103,7 @@ def build_test_loader(
         InputError: while iterating, if an image cannot be decoded or has not the size in its
             annotations: a score without it would not be comparable.
     """
-    return _Loader(
+    return BatchLoader(
         EvaluationDataset(dataset, min_size, max_size, skip_broken),
         _without_none,
         batch_size=batch_size,
@@ -239,15 +239,26 @@ class _BatchDataset(Dataset):
             return error
 
 
-class _Loader(DataLoader):
-    """A `DataLoader` that raises the input errors of its workers as they were."""
+class BatchLoader(DataLoader):
+    """
+    A `DataLoader` that raises the input errors of its workers as they were, each in one line.
+
+    Iterating draws nothing from the global generator.
+    """
 
     def __init__(self, dataset: Dataset, collate: Callable[[list], Any], **kwargs: Any):
+        """
+        Make the loader.
+
+        Args:
+            dataset: its items may raise `InputError`.
+            collate: makes a batch of a list of items, in the worker.
+            kwargs: of `DataLoader`.
+        """
         super().__init__(
             _BatchDataset(dataset, collate),
             collate_fn=_identity,
             worker_init_fn=_init_worker,
-            # Its own, so that starting to iterate draws nothing from the global generator.
             generator=torch.Generator(),
             **kwargs,
         )

@@ -124,7 +124,7 @@ def test_annotations_that_an_earlier_run_converted_are_not_used(voc, tmp_path):
     name = voc()
     output = tmp_path / "output"
     _measure(evaluators.build_evaluator(name, output), _perfect(TRUTH))
-    (stale,) = output.glob("*_coco_format.json")
+    (stale,) = output.glob("annotations.json")
     # The set has changed since: each object is elsewhere.
     changed = {i: [(n, [2, 60, 30, 99]) for n, _ in objects] for i, objects in TRUTH.items()}
     _write_voc(tmp_path / name, changed)
@@ -152,7 +152,7 @@ def _measure_on_a_rank(root):
 def test_two_ranks_measure_the_whole_set_together(tmp_path):
     _write_voc(tmp_path, TRUTH)
     (tmp_path / "output").mkdir()
-    stale = tmp_path / "output" / "ssod_test_ranks_coco_format.json"
+    stale = tmp_path / "output" / "annotations.json"
     stale.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
     launch(_measure_on_a_rank, 2, dist_url="auto", args=(tmp_path,))
     first, second = (json.loads((tmp_path / f"results_{r}.json").read_text()) for r in (0, 1))

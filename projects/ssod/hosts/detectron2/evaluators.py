@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
 
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
@@ -21,6 +20,7 @@ from detectron2.data import (
     build_detection_test_loader,
 )
 from detectron2.data.datasets import register_coco_instances
+from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
@@ -29,9 +29,9 @@ from detectron2.evaluation import (
     print_csv_format,
 )
 from detectron2.utils import comm
-from torch.utils.data import DataLoader
 
 from ssod.data.datasets import read_coco
+from ssod.data.loader import BatchLoader
 from ssod.errors import InputError
 from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
 from ssod.hosts.detectron2.voc import register_voc
@@ -116,19 +116,16 @@ def _build_coco_evaluator(name: str, output_dir: str) -> COCOEvaluator:
     metadata = MetadataCatalog.get(name)
     if metadata.get("json_file"):
         return COCOEvaluator(name, **arguments)
-    is_main = comm.is_main_process()
+    path = os.path.join(output_dir, "annotations.json")
+    if comm.is_main_process():  # the others wait for its file
+        # Anew, as the file of an earlier run may be of other data.
+        convert_to_coco_json(name, path, allow_cached=False)
+    comm.synchronize()
+    metadata.json_file = path
     try:
-        # The first rank measures. It converts anew, as the file of an earlier run may be of other
-        # data, and the others wait for its file instead of converting the same.
-        if not is_main:
-            comm.synchronize()
-        evaluator = COCOEvaluator(name, **arguments, allow_cached_coco=not is_main)
-        if is_main:
-            comm.synchronize()
+        return COCOEvaluator(name, **arguments)
     finally:
-        # The evaluator leaves the file's name there, and would never convert the set again.
-        vars(metadata).pop("json_file", None)
-    return evaluator
+        del metadata.json_file  # or the set would never be converted again
 
 
 class _VocAndCocoEvaluator(DatasetEvaluator):
@@ -242,9 +239,9 @@ def check_evaluable(name: str) -> None:
             )
 
 
-def build_test_loader(cfg: CfgNode, name: str) -> _TestLoader:
+def build_test_loader(cfg: CfgNode, name: str) -> BatchLoader:
     """
-    Return Detectron2's loader of a test set, for `inference_on_dataset`.
+    Return a loader of what Detectron2's loads of a test set, for `inference_on_dataset`.
 
     Raises:
         InputError: for a set that cannot be read or has other classes than the model. While
@@ -252,8 +249,6 @@ def build_test_loader(cfg: CfgNode, name: str) -> _TestLoader:
     """
     with reading_catalog(name):
         loader = build_detection_test_loader(cfg, name, mapper=_TestMapper(cfg, is_train=False))
-    # Its own, so that starting to iterate draws nothing from the global generator.
-    loader.generator = torch.Generator()
     found = len(MetadataCatalog.get(name).get("thing_classes", ()))
     expected = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if found != expected:
@@ -261,35 +256,17 @@ def build_test_loader(cfg: CfgNode, name: str) -> _TestLoader:
             f"{name}: has {found} classes, but MODEL.ROI_HEADS.NUM_CLASSES is {expected}; "
             "both must be the same"
         )
-    return _TestLoader(loader)
+    return BatchLoader(
+        loader.dataset, list, batch_sampler=loader.batch_sampler, num_workers=loader.num_workers
+    )
 
 
 class _TestMapper(DatasetMapper):
-    """Detectron2's mapper, except that the error of an image that cannot be used is the result."""
+    """Detectron2's mapper, except that an image that cannot be used is an `InputError`."""
 
-    def __call__(self, entry: dict[str, Any]) -> dict[str, Any] | InputError:
+    def __call__(self, entry: dict[str, Any]) -> dict[str, Any]:
         try:
             return super().__call__(entry)
         except Exception as error:  # decoders raise nearly any type on damaged files
-            return InputError(f"{entry['file_name']}: cannot be evaluated: {_line(error)}")
-
-
-class _TestLoader:
-    """
-    Raises the errors that a loader's workers return.
-
-    The loader would add a worker's traceback to the error's message, which must stay one line.
-    """
-
-    def __init__(self, loader: DataLoader):
-        self._loader = loader
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        for batch in self._loader:
-            for entry in batch:
-                if isinstance(entry, InputError):
-                    raise entry
-            yield batch
+            message = f"{entry['file_name']}: cannot be evaluated: {_line(error)}"
+            raise InputError(message) from error

@@ -6,13 +6,13 @@ import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 from fvcore.common.config import CfgNode
 
 from ssod.cli.common import read_config
 from ssod.data import build
-from ssod.data.build import RunData
 from ssod.data.check import (
     Findings,
     check_classes,
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Check, and print the tables and the problems; 1 if there are errors."""
     host, cfg = read_config(args)
     findings = Findings()
-    sets = _read_sets(cfg, findings)
+    sets = _read_sets(host, cfg, findings)
     file_names = [name for dataset in sets.values() for name in dataset.file_names]
     with progress_bar(total=len(file_names), unit="image", delay=0.5) as bar:
         facts = scan_files(file_names, cfg.DATALOADER.NUM_WORKERS, bar.update)
@@ -85,17 +85,9 @@ def _try(read: Callable[[], Any], kind: str, findings: Findings) -> Any:
         return None
 
 
-def _read_sets(cfg: CfgNode, findings: Findings) -> dict[str, DetectionDataset]:
+def _read_sets(host: ModuleType, cfg: CfgNode, findings: Findings) -> dict[str, DetectionDataset]:
     """Return the sets that can be read, by their names, in which broken entries are left out."""
-    if cfg.SSOD.HOST == "detectron2" and (cfg.DATASETS.TRAIN or cfg.DATASETS.TEST):
-        from ssod.hosts.detectron2.catalog import read_sets
-
-        # Sets of the catalog are read by Detectron2, which stops at the first problem.
-        sets, names = _try(lambda: read_sets(cfg), "annotations", findings) or (None, None)
-    else:
-        sets, names = _read_files(cfg, findings), build.set_names(cfg)
-    if sets is None:
-        return {}
+    sets, names = host.read_sets(cfg, findings.collect)
     if sets.labeled is not None:
         for error in build.find_conflicts(cfg, sets, names):
             findings.errors[_CONFIG].append(str(error))
@@ -106,21 +98,6 @@ def _read_sets(cfg: CfgNode, findings: Findings) -> dict[str, DetectionDataset]:
     found = (sets.labeled, sets.unlabeled, sets.val, sets.hidden_truth)
     names = ("labeled", "unlabeled", "validation", "hidden truth")
     return {name: dataset for name, dataset in zip(names, found, strict=True) if dataset}
-
-
-def _read_files(cfg: CfgNode, findings: Findings) -> RunData:
-    """Read what `SSOD.DATA` names; the labeled set is None if nothing of it can be read."""
-
-    def attempt(read: Callable[..., Any], *args: Any) -> DetectionDataset | None:
-        return _try(lambda: read(cfg, *args, findings.collect), "annotations", findings)
-
-    labeled = attempt(build.read_labeled)
-    classes = DetectionDataset([], [], []) if labeled is None else labeled
-    unlabeled = attempt(build.read_unlabeled, classes)
-    # Without labeled images the classes of VOC files are not known.
-    is_readable = labeled is not None or not cfg.SSOD.DATA.VAL_VOC
-    val = attempt(build.read_val, classes) if is_readable else None
-    return RunData(labeled, unlabeled, val, attempt(build.read_hidden_truth))
 
 
 def _print_tables(sets: dict[str, DetectionDataset]) -> None:

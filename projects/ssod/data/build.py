@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from fvcore.common.config import CfgNode
 from torch.utils.data import DataLoader
@@ -44,8 +46,13 @@ class RunData:
     hidden_truth: DetectionDataset | None
 
 
+def classes_of(labeled: DetectionDataset | None) -> tuple[list[str], list[int]]:
+    """Return names and category ids of the classes; none of a set that could not be read."""
+    return ([], []) if labeled is None else (labeled.class_names, labeled.category_ids)
+
+
 def read_unlabeled(
-    cfg: CfgNode, labeled: DetectionDataset, on_problem: OnProblem = stop
+    cfg: CfgNode, labeled: DetectionDataset | None, on_problem: OnProblem = stop
 ) -> DetectionDataset | None:
     """
     Read the unlabeled files of `SSOD.DATA`, None if it names none.
@@ -53,7 +60,7 @@ def read_unlabeled(
     Raises:
         InputError: for two lists of them, and as the readers.
     """
-    data, classes = cfg.SSOD.DATA, (labeled.class_names, labeled.category_ids)
+    data, classes = cfg.SSOD.DATA, classes_of(labeled)
     if data.UNLABELED_JSON and data.UNLABELED_INDEX:
         raise InputError(
             "SSOD.DATA.UNLABELED_JSON and SSOD.DATA.UNLABELED_INDEX both name unlabeled images; "
@@ -94,13 +101,19 @@ def read_labeled(cfg: CfgNode, on_problem: OnProblem = stop) -> DetectionDataset
 
 
 def read_val(
-    cfg: CfgNode, labeled: DetectionDataset, on_problem: OnProblem = stop
+    cfg: CfgNode, labeled: DetectionDataset | None, on_problem: OnProblem = stop
 ) -> DetectionDataset | None:
-    """Read the validation files of `SSOD.DATA`, None if it names none; boxes without area go."""
+    """
+    Read the validation files of `SSOD.DATA`; boxes without area go.
+
+    None if it names none, and without a labeled set for VOC files, which have its classes.
+    """
     data = cfg.SSOD.DATA
     _check_one_of("VAL", data.VAL_JSON, data.VAL_VOC)
     options = {"skip_invalid_boxes": True, "on_problem": on_problem}
     if data.VAL_VOC:
+        if labeled is None:
+            return None
         return read_voc(data.VAL_VOC, data.VAL_IMAGES, like=labeled, **options)
     return read_coco(data.VAL_JSON, data.VAL_IMAGES, **options) if data.VAL_JSON else None
 
@@ -128,18 +141,40 @@ def set_names(cfg: CfgNode) -> tuple[str, str, str]:
     return labeled, val, data.UNLABELED_TRUTH_JSON
 
 
+def try_read(read: Callable[..., Any], *args: Any, on_problem: OnProblem, **kwargs: Any) -> Any:
+    """Return what is read, None where nothing can be and `on_problem` does not raise."""
+    try:
+        return read(*args, on_problem=on_problem, **kwargs)
+    except InputError as error:
+        on_problem("annotations", error)
+        return None
+
+
+def read_sets(cfg: CfgNode, on_problem: OnProblem = stop) -> tuple[RunData, tuple[str, str, str]]:
+    """
+    Read the sets that a config names by their files, before any split.
+
+    Returns:
+        The sets, and what errors call three of them. A set that cannot be read is None, also the
+        labeled one, if `on_problem` does not raise.
+
+    Raises:
+        InputError: for a missing key or file, and damaged data.
+    """
+    read = partial(try_read, on_problem=on_problem)
+    labeled = read(read_labeled, cfg)
+    unlabeled, val = read(read_unlabeled, cfg, labeled), read(read_val, cfg, labeled)
+    return RunData(labeled, unlabeled, val, read(read_hidden_truth, cfg)), set_names(cfg)
+
+
 def load_run_data(cfg: CfgNode) -> RunData:
     """
     Read, split and check the data sets that a config names by their files.
 
     Raises:
-        InputError: for a missing key or file, damaged data, and as `make_run_data`.
+        InputError: as `read_sets` and `make_run_data`.
     """
-    labeled = read_labeled(cfg)
-    unlabeled, val = read_unlabeled(cfg, labeled), read_val(cfg, labeled)
-    return make_run_data(
-        cfg, RunData(labeled, unlabeled, val, read_hidden_truth(cfg)), set_names(cfg)
-    )
+    return make_run_data(cfg, *read_sets(cfg))
 
 
 def make_run_data(cfg: CfgNode, sets: RunData, names: tuple[str, str, str]) -> RunData:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ssod.data.coco_file import describe_entry, is_crowd, is_int, load_coco
-from ssod.data.reading import MAX_SIDE, MISSING_FILES, OnProblem, clip_box, skipping_boxes, stop
+from ssod.data.coco_file import describe_entry, is_crowd, load_coco
+from ssod.data.reading import MISSING_FILES, XYWH, OnProblem, read_box, skipping_boxes, stop
 from ssod.data.records import DetectionDataset, ImageRecord
 from ssod.errors import InputError
 
@@ -58,7 +58,9 @@ def read_coco(
             if is_crowd(entry):
                 continue
             where = describe_entry(json_path, "annotations", index, entry)
-            box = _read_box(where, entry, file.images[entry["image_id"]], report)
+            image = file.images[entry["image_id"]]
+            size = (image["height"], image["width"])
+            box = read_box(where, entry.get("bbox"), XYWH, *size, report)
             if box is not None:
                 boxes[entry["image_id"]].append(box)
                 classes[entry["image_id"]].append(class_of[entry["category_id"]])
@@ -120,21 +122,3 @@ def _check_files_exist(path: str | Path, file_names: list[str], on_problem: OnPr
             f"{missing[0]!r}: check the image folder"
         )
         on_problem(MISSING_FILES, InputError(message))
-
-
-def _read_box(
-    where: str, entry: dict[str, Any], image: dict[str, Any], on_problem: OnProblem
-) -> np.ndarray | None:
-    """Return the XYXY box clipped to the image, None for one that cannot be used."""
-    bbox = entry.get("bbox")
-    if (
-        not isinstance(bbox, list)
-        or len(bbox) != 4
-        or not all(isinstance(v, float) or is_int(v) for v in bbox)
-        or not all(abs(v) < MAX_SIDE for v in bbox)  # False for NaN too
-    ):
-        message = f"{where}: bbox must be 4 finite numbers [x, y, w, h], got {bbox!r}"
-        on_problem("annotations", InputError(message))
-        return None
-    x, y, w, h = bbox
-    return clip_box(where, (x, y, x + w, y + h), image["height"], image["width"], on_problem)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,6 +30,7 @@ OUTSIDE = "boxes that reach out of their image"
 REPEATED = "annotation ids that are repeated"
 UNREADABLE = "unreadable images in a folder"
 HARMLESS = {LEFT_OUT, OUTSIDE, REPEATED, UNREADABLE}  # readers mend it, or leave it out
+XYWH, XYXY = "[x, y, w, h]", "[x0, y0, x1, y1]"
 _TOLERANCE = 1  # pixels; boxes are rounded, or counted from 0 instead of 1
 
 
@@ -52,6 +55,39 @@ def skipping_boxes(path: str | Path, skip: bool, on_problem: OnProblem) -> Itera
     yield report
     if num_skipped:
         logger.warning("%s: left out %d boxes without area", path, num_skipped)
+
+
+def read_box(
+    where: str, values: Any, form: str, height: int, width: int, on_problem: OnProblem
+) -> np.ndarray | None:
+    """
+    Read the box of an annotation and clip it to its image.
+
+    Args:
+        where: file and entry, for the message.
+        values: what the annotation has, which should be 4 numbers of pixels.
+        form: `XYWH` or `XYXY`.
+        height: of the image, in pixels.
+        width: the same.
+        on_problem: is told of values that are none, and as by `clip_box`.
+
+    Returns:
+        (4,) float32 XYXY, None for a box that cannot be used.
+    """
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    if (
+        not isinstance(values, (list, tuple))
+        or len(values) != 4
+        or not all(isinstance(v, Real) and not isinstance(v, bool) for v in values)
+        or not all(abs(v) < MAX_SIDE for v in values)  # False for NaN too
+    ):
+        message = f"{where}: bbox must be 4 finite numbers {form}, got {values!r}"
+        on_problem("annotations", InputError(message))
+        return None
+    x0, y0, x1, y1 = map(float, values)
+    if form == XYWH:
+        x1, y1 = x0 + x1, y0 + y1
+    return clip_box(where, (x0, y0, x1, y1), height, width, on_problem)
 
 
 def clip_box(

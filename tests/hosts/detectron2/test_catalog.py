@@ -136,7 +136,7 @@ def test_ids_of_categories_are_those_of_the_metadata(register, entries):
 def test_boxes_without_area_stop_or_are_left_out_with_one_warning(register, entries, caplog):
     flat, outside = BOX | {"bbox": [3, 3, 3, 9]}, BOX | {"bbox": [30, 1, 40, 5]}
     name = register(entries([BOX, flat], [outside]), thing_classes=CLASSES)
-    message = r"image_0.png: 1 boxes have no area .*\[3.0, 3.0, 3.0, 9.0\].*SKIP_INVALID_BOXES True"
+    message = r"image_0.png: annotations\[1\]: box .* has no area .*SKIP_INVALID_BOXES True"
     with pytest.raises(InputError, match=message):
         catalog.read_catalog([name])
     found = catalog.read_catalog([name], skip_invalid_boxes=True)
@@ -147,12 +147,17 @@ def test_boxes_without_area_stop_or_are_left_out_with_one_warning(register, entr
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bbox": [1, 2, 3, 4, 5]}, r"annotations\[0\]: expected 4 finite numbers as bbox"),
-        ({"bbox": [1, 2, float("nan"), 4]}, "expected 4 finite numbers as bbox"),
-        ({"bbox": None}, "expected 4 finite numbers as bbox"),
-        ({"bbox": ["a", 1, 2, 3]}, "expected 4 finite numbers as bbox"),
-        ({"bbox_mode": BoxMode.XYXY_REL}, "bbox_mode XYXY_ABS or XYWH_ABS"),
-        ({"bbox_mode": None}, "bbox_mode XYXY_ABS or XYWH_ABS"),
+        (
+            {"bbox": [1, 2, 3, 4, 5]},
+            r"annotations\[0\]: bbox must be 4 finite numbers \[x0, y0, x1, y1\]",
+        ),
+        ({"bbox": [1, 2, float("nan"), 4]}, "bbox must be 4 finite numbers"),
+        ({"bbox": None}, "bbox must be 4 finite numbers"),
+        ({"bbox": 7}, "bbox must be 4 finite numbers"),
+        ({"bbox": np.ones((4, 4))}, "bbox must be 4 finite numbers"),
+        ({"bbox": ["a", 1, 2, 3]}, "bbox must be 4 finite numbers"),
+        ({"bbox_mode": BoxMode.XYXY_REL}, "bbox_mode must be XYXY_ABS or XYWH_ABS"),
+        ({"bbox_mode": None}, "bbox_mode must be XYXY_ABS or XYWH_ABS"),
         ({"category_id": 2}, r"category_id must be an index into thing_classes in \[0, 2\), got 2"),
         ({"category_id": -1}, "category_id must be"),
         ({"category_id": "cat"}, "category_id must be .* got 'cat'"),
@@ -164,6 +169,46 @@ def test_annotation_that_is_not_of_the_standard_format_is_refused(
     name = register(entries([BOX | change]), thing_classes=CLASSES)
     with pytest.raises(InputError, match=f"image_0.png: .*{message}"):
         catalog.read_catalog([name])
+
+
+def test_every_problem_is_told_and_what_is_left_can_be_read(register, entries):
+    reaching, flat = BOX | {"bbox": [1, 1, 30, 9]}, BOX | {"bbox": [3, 3, 3, 9]}
+    wrong = [BOX | {"bbox": [1]}, BOX | {"bbox_mode": 9}, BOX | {"category_id": 7}]
+    found = entries([BOX, reaching, flat, *wrong, BOX], [BOX], [BOX], [BOX])
+    found[1]["image_id"], found[2]["image_id"], found[3]["file_name"] = 1.5, 0, None
+    problems = []
+    dataset = catalog.read_catalog(
+        [register(found, thing_classes=CLASSES)],
+        on_problem=lambda kind, error: problems.append((kind, str(error))),
+    )
+    expected = [
+        ("image entries", "entry 3 has no file_name"),
+        ("boxes that reach out of their image", "annotations[1]: box from (1, 1) to (30, 9)"),
+        ("boxes without area", "annotations[2]: box from (3, 3) to (3, 9)"),
+        ("annotations", "annotations[3]: bbox must be 4 finite numbers"),
+        ("annotations", "annotations[4]: bbox_mode must be"),
+        ("annotations", "annotations[5]: category_id must be"),
+        ("image entries", "image_id must be an integer or text, got 1.5"),
+        ("image entries", "two images have the id 0"),
+    ]
+    assert [kind for kind, _ in problems] == [kind for kind, _ in expected]
+    for (_, message), (_, part) in zip(problems, expected, strict=True):
+        assert part in message and "\n" not in message
+    assert dataset[0].boxes.tolist() == [[1, 2, 5, 6], [1, 1, 20, 9], [1, 2, 5, 6]]
+    assert len(dataset) == 1
+
+
+def test_a_set_that_cannot_be_read_hides_no_problem_of_the_others(register, entries, shapes):
+    problems = []
+    name = register(entries([BOX | {"bbox": None}], name="val"), thing_classes=CLASSES)
+    sets = ("DATASETS.TRAIN", ["nowhere"], "DATASETS.TEST", [name], "SSOD.DATA.UNLABELED", ["far"])
+    cfg = tiny_config(shapes, "unused", *NO_FILES, *sets)
+    found, _ = catalog.read_sets(cfg, lambda kind, error: problems.append(str(error)))
+    assert (found.labeled, found.unlabeled, len(found.val)) == (None, None, 1)
+    for problem, part in zip(
+        problems, ("nowhere: not in", "far: not in", "bbox must"), strict=True
+    ):
+        assert part in problem
 
 
 def test_ids_stay_unique_in_several_sets(register, entries):
@@ -213,7 +258,7 @@ def test_missing_files_name_the_path_and_where_detectron2_looks(register, entrie
     found[0]["file_name"] = f"{nowhere}/a.png"
     with pytest.raises(InputError, match=f"{nowhere} {hint}"):
         catalog.read_catalog([register(found, thing_classes=CLASSES)])
-    with pytest.raises(InputError, match="an entry has no file_name"):
+    with pytest.raises(InputError, match="entry 0 has no file_name"):
         catalog.read_catalog([register([{"image_id": 1}], thing_classes=CLASSES)])
 
 
@@ -426,7 +471,7 @@ def test_missing_unlabeled_images_of_coco_name_the_expected_path(monkeypatch, tm
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     catalog._register_coco_unlabeled()
     with pytest.raises(InputError) as error:
-        catalog._read_set(catalog.COCO_UNLABELED)
+        catalog.read_catalog([catalog.COCO_UNLABELED])
     path = tmp_path / "coco" / "annotations" / "image_info_unlabeled2017.json"
     assert str(error.value).startswith(
         f"{catalog.COCO_UNLABELED}: {path} not found; Detectron2's own"

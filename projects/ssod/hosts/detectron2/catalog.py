@@ -7,7 +7,6 @@ Importing it registers `coco_2017_unlabeled`.
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -20,8 +19,10 @@ from detectron2.structures import BoxMode
 
 from ssod.data import build
 from ssod.data.build import RunData, make_run_data
+from ssod.data.coco_file import is_crowd
 from ssod.data.datasets import DetectionDataset, ImageRecord, read_coco
 from ssod.data.images import read_image_size
+from ssod.data.reading import XYWH, XYXY, OnProblem, read_box, skipping_boxes, stop
 from ssod.errors import InputError
 from ssod.hosts.detectron2.evaluators import check_evaluable, reading_catalog, test_dataset_names
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 COCO_UNLABELED = "coco_2017_unlabeled"
 _UNLABELED_FILES = tuple(f"UNLABELED_{end}" for end in ("JSON", "INDEX", "IMAGES", "TRUTH_JSON"))
+_ENTRIES = "image entries"
+_FORMS = ((BoxMode.XYXY_ABS, XYXY), (BoxMode.XYWH_ABS, XYWH))
 _Set = tuple[str, list[dict[str, Any]]]  # a name, and images in Detectron2's standard format
 
 
@@ -49,8 +52,7 @@ def load_run_data(cfg: CfgNode) -> RunData:
             `ssod.data.build.load_run_data`.
     """
     _check_sources(cfg)
-    is_in_catalog = cfg.DATASETS.TRAIN or cfg.DATASETS.TEST
-    data = make_run_data(cfg, *read_sets(cfg)) if is_in_catalog else build.load_run_data(cfg)
+    data = make_run_data(cfg, *read_sets(cfg))
     for name in test_dataset_names(cfg):
         check_evaluable(name)  # here rather than after hours of training
     return data
@@ -79,23 +81,29 @@ def _check_sources(cfg: CfgNode) -> None:
         )
 
 
-def read_sets(cfg: CfgNode) -> tuple[RunData, tuple[str, str, str]]:
-    """Return the sets before any split, and what errors call three of them; as `load_run_data`."""
+def read_sets(cfg: CfgNode, on_problem: OnProblem = stop) -> tuple[RunData, tuple[str, str, str]]:
+    """Read the sets before any split, and name three of them, as `ssod.data.build.read_sets`."""
     files, train, test = cfg.SSOD.DATA, cfg.DATASETS.TRAIN, cfg.DATASETS.TEST
+    if not train and not test:
+        return build.read_sets(cfg, on_problem)
     skip, filter_empty = files.SKIP_INVALID_BOXES, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    truth = build.read_hidden_truth(cfg)
+    read = partial(build.try_read, on_problem=on_problem)
+    truth = read(build.read_hidden_truth, cfg)
     if train:
-        labeled = read_catalog(train, skip_invalid_boxes=skip, filter_empty=filter_empty)
+        labeled = read(read_catalog, train, skip_invalid_boxes=skip, filter_empty=filter_empty)
     else:
-        labeled = build.read_labeled(cfg)
+        labeled = read(build.read_labeled, cfg)
     if files.UNLABELED:
-        unlabeled, truth = _read_unlabeled(files.UNLABELED, labeled)
+        unlabeled, truth = read(_read_unlabeled, files.UNLABELED, labeled) or (None, None)
     else:
-        unlabeled = build.read_unlabeled(cfg, labeled)
-    val = read_catalog(test, skip_invalid_boxes=True) if test else build.read_val(cfg, labeled)
+        unlabeled = read(build.read_unlabeled, cfg, labeled)
+    if test:
+        val = read(read_catalog, test, skip_invalid_boxes=True)
+    else:
+        val = read(build.read_val, cfg, labeled)
     for other in (truth, val):
         # Detectron2 maps the category ids of each set to classes; only the classes have to agree.
-        if other is not None and other.class_names == labeled.class_names:
+        if other and labeled and other.class_names == labeled.class_names:
             other.category_ids = labeled.category_ids
     catalog = (train, test, files.UNLABELED)
     names = tuple(", ".join(c) or f for c, f in zip(catalog, build.set_names(cfg), strict=True))
@@ -103,7 +111,11 @@ def read_sets(cfg: CfgNode) -> tuple[RunData, tuple[str, str, str]]:
 
 
 def read_catalog(
-    names: Sequence[str], *, skip_invalid_boxes: bool = False, filter_empty: bool = False
+    names: Sequence[str],
+    *,
+    skip_invalid_boxes: bool = False,
+    filter_empty: bool = False,
+    on_problem: OnProblem = stop,
 ) -> DetectionDataset:
     """
     Read sets of `DatasetCatalog` as one. Boxes are clipped to their image, crowds left out.
@@ -113,12 +125,14 @@ def read_catalog(
             an image.
         skip_invalid_boxes: leave boxes without area out, with one warning, instead of failing.
         filter_empty: leave out images that have no annotation or only crowds, as Detectron2 does.
+        on_problem: what to do about an entry that cannot be used; it is left out afterwards.
 
     Raises:
         InputError: for a name that is not registered, missing files, classes that differ, and
-            what is not in Detectron2's standard format.
+            what is not in Detectron2's standard format. With another `on_problem` only if nothing
+            can be read.
     """
-    sets = [_read_set(name) for name in names]
+    sets = [_read_set(name, on_problem) for name in names]
     classes = [_class_names(name) for name in names]
     for name, found in zip(names, classes, strict=True):
         if not found or found != classes[0]:
@@ -128,7 +142,7 @@ def read_catalog(
                 "all sets that are used together"
             )
     if filter_empty:
-        sets = [(name, [e for e in entries if _has_objects(e)]) for name, entries in sets]
+        sets = [(name, [e for e in entries if _objects(e)]) for name, entries in sets]
         logger.info("%s: %d images with boxes", ", ".join(names), sum(len(e) for _, e in sets))
     if not any(entries for _, entries in sets):
         raise InputError(f"{', '.join(names)}: expected images with boxes, found none")
@@ -136,21 +150,22 @@ def read_catalog(
     category_ids = sorted(classes_of, key=classes_of.get)
     if len(category_ids) != len(classes[0]):
         category_ids = list(range(len(classes[0])))
-    return _make_dataset(sets, classes[0], category_ids, skip_invalid_boxes)
+    return _make_dataset(sets, classes[0], category_ids, skip_invalid_boxes, on_problem)
 
 
 def _read_unlabeled(
-    names: Sequence[str], labeled: DetectionDataset
+    names: Sequence[str], labeled: DetectionDataset | None, on_problem: OnProblem
 ) -> tuple[DetectionDataset, DetectionDataset | None]:
     """Return the images, and again as hidden truth if all sets have boxes of these classes."""
-    sets = [_read_set(name) for name in names]
+    sets = [_read_set(name, on_problem) for name in names]
+    classes = build.classes_of(labeled)
     has_truth = all(
-        _class_names(name) == labeled.class_names and any(_has_objects(e) for e in entries)
+        _class_names(name) == classes[0] and any(_objects(e) for e in entries)
         for name, entries in sets
     )
     if not has_truth:
         sets = [(name, [e | {"annotations": ()} for e in entries]) for name, entries in sets]
-    found = _make_dataset(sets, labeled.class_names, labeled.category_ids, True)
+    found = _make_dataset(sets, *classes, True, on_problem)
     return found, found if has_truth else None
 
 
@@ -159,19 +174,21 @@ def _class_names(name: str) -> list[str]:
     return list(MetadataCatalog.get(name).get("thing_classes", ()))
 
 
-def _is_object(annotation: dict[str, Any]) -> bool:
-    return annotation.get("iscrowd", 0) == 0
+def _objects(entry: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return the annotations of an image but crowds, by their place."""
+    found = enumerate(entry.get("annotations", ()))
+    return {index: annotation for index, annotation in found if not is_crowd(annotation)}
 
 
-def _has_objects(entry: dict[str, Any]) -> bool:
-    return any(_is_object(annotation) for annotation in entry.get("annotations", ()))
-
-
-def _read_set(name: str) -> _Set:
+def _read_set(name: str, on_problem: OnProblem) -> _Set:
+    entries = []
     with reading_catalog(name):
-        entries = DatasetCatalog.get(name)
-        if not all(entry.get("file_name") for entry in entries):
-            raise InputError(f"{name}: an entry has no file_name; each needs an image file")
+        for index, entry in enumerate(DatasetCatalog.get(name)):
+            if entry.get("file_name"):
+                entries.append(entry)
+                continue
+            message = f"{name}: entry {index} has no file_name; each needs an image file"
+            on_problem(_ENTRIES, InputError(message))
         # A missing folder is a wrong path; a missing file counts as one that cannot be decoded.
         for folder in {os.path.dirname(os.path.abspath(entry["file_name"])) for entry in entries}:
             os.stat(folder)
@@ -183,85 +200,75 @@ def _make_dataset(
     class_names: Sequence[str],
     category_ids: Sequence[int],
     skip_invalid: bool,
+    on_problem: OnProblem,
 ) -> DetectionDataset:
     records: dict[int | str, ImageRecord] = {}
-    num_skipped = 0
-    for name, entries in sets:
-        for entry in entries:
-            image_id = entry["image_id" if "image_id" in entry else "file_name"]
-            if isinstance(image_id, np.generic):
-                image_id = image_id.item()
-            if type(image_id) not in (int, str):
-                raise InputError(f"{name}: image_id must be an integer or text, got {image_id!r}")
-            if len(sets) > 1:
-                image_id = f"{name}/{image_id}"
-            if image_id in records:
-                raise InputError(f"{name}: two images have the id {image_id!r}; make ids unique")
-            record, count = _make_record(image_id, entry, len(class_names), skip_invalid)
-            records[image_id] = record
-            num_skipped += count
-    if num_skipped:
-        names = ", ".join(name for name, _ in sets)
-        logger.warning("%s: left out %d boxes without area", names, num_skipped)
+    names = ", ".join(name for name, _ in sets)
+    with skipping_boxes(names, skip_invalid, on_problem) as report:
+        for name, entry in ((name, entry) for name, entries in sets for entry in entries):
+            try:
+                image_id = _read_id(name, entry, len(sets) > 1)
+                if image_id in records:
+                    raise InputError(
+                        f"{name}: two images have the id {image_id!r}; make ids unique"
+                    )
+                records[image_id] = _make_record(image_id, entry, len(class_names), report)
+            except InputError as error:
+                on_problem(_ENTRIES, error)
     return DetectionDataset(records.values(), class_names, category_ids)
 
 
+def _read_id(name: str, entry: dict[str, Any], is_one_of_several: bool) -> int | str:
+    image_id = entry["image_id" if "image_id" in entry else "file_name"]
+    if isinstance(image_id, np.generic):
+        image_id = image_id.item()
+    if type(image_id) not in (int, str):
+        raise InputError(f"{name}: image_id must be an integer or text, got {image_id!r}")
+    return f"{name}/{image_id}" if is_one_of_several else image_id
+
+
 def _make_record(
-    image_id: int | str, entry: dict[str, Any], num_classes: int, skip_invalid: bool
-) -> tuple[ImageRecord, int]:
-    """Return the record of an image, and how many boxes without area were left out."""
+    image_id: int | str, entry: dict[str, Any], num_classes: int, on_problem: OnProblem
+) -> ImageRecord:
     file_name = os.path.abspath(entry["file_name"])
     height, width = int(entry.get("height") or 0), int(entry.get("width") or 0)
     if not height or not width:
         height, width = read_image_size(file_name)
-    found_boxes, found_classes = [], []
-    for index, annotation in enumerate(entry.get("annotations", ())):
-        if _is_object(annotation):
-            where = f"{file_name}: annotations[{index}]"
-            found_boxes.append(_read_box(where, annotation, height, width))
-            found_classes.append(_read_class(where, annotation, num_classes))
-    boxes = np.array(found_boxes, np.float32).reshape(-1, 4)
-    classes = np.array(found_classes, np.int64)
-    valid = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    num_invalid = int((~valid).sum())
-    if num_invalid and not skip_invalid:
-        raise InputError(
-            f"{file_name}: {num_invalid} boxes have no area inside the image of width {width} and "
-            f"height {height}, clipped the first is XYXY {boxes[~valid][0].tolist()}: correct it, "
-            "or set SSOD.DATA.SKIP_INVALID_BOXES True to leave such boxes out"
-        )
-    record = ImageRecord(image_id, file_name, height, width, boxes[valid], classes[valid])
-    return record, num_invalid
+    boxes, classes = [], []
+    for index, annotation in _objects(entry).items():
+        where = f"{file_name}: annotations[{index}]"
+        try:
+            form, label = _read_form_and_class(where, annotation, num_classes)
+        except InputError as error:
+            on_problem("annotations", error)
+            continue
+        box = read_box(where, annotation.get("bbox"), form, height, width, on_problem)
+        if box is not None:
+            boxes.append(box)
+            classes.append(label)
+    return ImageRecord(
+        image_id,
+        file_name,
+        height,
+        width,
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(classes, np.int64),
+    )
 
 
-def _read_box(
-    where: str, annotation: dict[str, Any], height: int, width: int
-) -> tuple[float, float, float, float]:
-    """Return the XYXY box clipped to the image."""
-    bbox, mode = annotation.get("bbox", ()), annotation.get("bbox_mode")
-    try:
-        x0, y0, x1, y1 = (float(value) for value in bbox)
-        is_known = mode in (BoxMode.XYXY_ABS, BoxMode.XYWH_ABS)
-    except (TypeError, ValueError):
-        is_known = False
-    if not is_known or not all(map(math.isfinite, (x0, y0, x1, y1))):
-        raise InputError(
-            f"{where}: expected 4 finite numbers as bbox, and bbox_mode XYXY_ABS or XYWH_ABS, got "
-            f"{bbox!r} and {mode!r}"
-        )
-    if mode == BoxMode.XYWH_ABS:
-        x1, y1 = x0 + x1, y0 + y1
-    return max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
-
-
-def _read_class(where: str, annotation: dict[str, Any], num_classes: int) -> int:
-    found = annotation.get("category_id")
-    if not isinstance(found, (int, np.integer)) or not 0 <= found < num_classes:
+def _read_form_and_class(
+    where: str, annotation: dict[str, Any], num_classes: int
+) -> tuple[str, int]:
+    mode, label = annotation.get("bbox_mode"), annotation.get("category_id")
+    form = next((form for known, form in _FORMS if known == mode), None)
+    if form is None:
+        raise InputError(f"{where}: bbox_mode must be XYXY_ABS or XYWH_ABS, got {mode!r}")
+    if not isinstance(label, (int, np.integer)) or not 0 <= label < num_classes:
         raise InputError(
             f"{where}: category_id must be an index into thing_classes in [0, {num_classes}), got "
-            f"{found!r}"
+            f"{label!r}"
         )
-    return int(found)
+    return form, int(label)
 
 
 def _load_unlabeled(json_file: str, images: str) -> list[dict[str, Any]]:

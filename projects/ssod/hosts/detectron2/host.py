@@ -12,7 +12,7 @@ from detectron2.engine import hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 
-from ssod.hosts.detectron2.catalog import load_run_data
+from ssod.hosts.detectron2.catalog import load_run_data, read_sets
 from ssod.hosts.detectron2.defaults import check_config, get_config
 from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
 from ssod.hosts.detectron2.run import Run, build_checked, find_checkpoint
@@ -28,6 +28,7 @@ __all__ = [
     "load_run_data",
     "predictions_file",
     "read_log",
+    "read_sets",
     "train",
 ]
 

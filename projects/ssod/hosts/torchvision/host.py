@@ -7,7 +7,7 @@ from pathlib import Path
 from fvcore.common.config import CfgNode
 
 from ssod.core.teacher_student import TeacherStudent
-from ssod.data.build import load_run_data
+from ssod.data.build import load_run_data, read_sets
 from ssod.hosts.metric_log import LOG_NAME, read_metrics
 from ssod.hosts.protocol import FinishedRun, check_same_config, copy_file
 from ssod.hosts.torchvision.build import build_model, select_device
@@ -23,6 +23,7 @@ __all__ = [
     "load_run_data",
     "predictions_file",
     "read_log",
+    "read_sets",
     "train",
 ]
 

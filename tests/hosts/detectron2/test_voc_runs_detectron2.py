@@ -5,8 +5,10 @@ import pytest
 from detectron2.data.datasets.pascal_voc import load_voc_instances
 
 from ssod.cli.main import main
+from ssod.data import build
 from ssod.data.datasets import read_coco, read_voc
 from ssod.errors import InputError
+from ssod.hosts.detectron2.catalog import load_run_data
 from ssod.hosts.detectron2.evaluators import test_dataset_names as dataset_names
 from ssod.hosts.detectron2.run import Run
 from ssod.hosts.metric_log import read_metrics
@@ -65,6 +67,28 @@ def test_run_trains_and_evaluates_and_its_data_are_checked(shapes, val, tmp_path
     assert main(["check-data", "--config-file", str(config), *options]) == 1
     # The validation images are the labeled ones here, which nothing else could tell.
     assert f"images in two sets: {len(val)}" in capsys.readouterr().out
+
+
+def test_files_are_read_once_before_a_training(shapes, val, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        build,
+        "read_voc",
+        lambda path, *args, **kw: read.append(path) or read_voc(path, *args, **kw),
+    )
+    folder = write_voc(tmp_path / "voc", val)
+    labeled = write_voc(tmp_path / "labeled", val)
+    for path in (shapes / "images").glob("val_*.jpg"):
+        (labeled / path.name).write_bytes(path.read_bytes())
+    keys = []
+    for group, files, images in (("LABELED", labeled, labeled), ("VAL", folder, shapes / "images")):
+        keys += [f"SSOD.DATA.{group}_JSON", "", f"SSOD.DATA.{group}_VOC", files]
+        keys += [f"SSOD.DATA.{group}_IMAGES", images]
+    keys += ["MODEL.ROI_HEADS.NUM_CLASSES", int((val.class_counts > 0).sum())]
+    cfg = tiny_config(shapes, "unused", *keys, "SSOD.DATA.UNLABELED_TRUTH_JSON", "")
+    load_run_data(cfg)
+    assert dataset_names(cfg)[0].startswith("voc:")
+    assert read == [str(labeled), str(folder)]
 
 
 def test_set_that_does_not_fit_is_refused(shapes, val, tmp_path):

@@ -53,7 +53,7 @@ def load_run_data(cfg: CfgNode) -> RunData:
     """
     _check_sources(cfg)
     data = make_run_data(cfg, *read_sets(cfg))
-    for name in test_dataset_names(cfg):
+    for name in test_dataset_names(cfg, data.val):
         check_evaluable(name)  # here rather than after hours of training
     return data
 

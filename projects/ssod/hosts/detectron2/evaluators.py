@@ -30,7 +30,7 @@ from detectron2.evaluation import (
 )
 from detectron2.utils import comm
 
-from ssod.data.datasets import read_coco
+from ssod.data.datasets import DetectionDataset, read_coco
 from ssod.data.loader import BatchLoader
 from ssod.errors import InputError
 from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
@@ -187,24 +187,29 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def test_dataset_names(cfg: CfgNode) -> tuple[str, ...]:
+def test_dataset_names(cfg: CfgNode, val: DetectionDataset | None = None) -> tuple[str, ...]:
     """
     Return the sets that AP is measured on: names in `DatasetCatalog`, () for no evaluation.
 
     `SSOD.DATA.VAL_JSON` or `VAL_VOC` is registered under the paths of the file and its images.
+
+    Args:
+        cfg: the config.
+        val: what these files hold, if they have been read already.
 
     Raises:
         InputError: if that file is not valid COCO, or as `register_voc`.
     """
     files = cfg.SSOD.DATA
     if files.VAL_VOC and not cfg.DATASETS.TEST:
-        return (register_voc(cfg),)
+        return (register_voc(cfg, val),)
     if cfg.DATASETS.TEST or not files.VAL_JSON:
         return tuple(cfg.DATASETS.TEST)
     json_file, images = os.path.abspath(files.VAL_JSON), os.path.abspath(files.VAL_IMAGES)
     name = f"{json_file}:{images}"
     if name not in DatasetCatalog.list():
-        read_coco(json_file, images, skip_invalid_boxes=True)  # for its checks
+        if val is None:
+            read_coco(json_file, images, skip_invalid_boxes=True)  # for its checks
         register_coco_instances(name, {}, json_file, images)
     return (name,)
 

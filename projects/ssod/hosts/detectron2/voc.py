@@ -15,12 +15,15 @@ from ssod.data.datasets import DetectionDataset
 from ssod.errors import InputError
 
 
-def register_voc(cfg: CfgNode) -> str:
+def register_voc(cfg: CfgNode, val: DetectionDataset | None = None) -> str:
     """
     Register `SSOD.DATA.VAL_VOC` in `DatasetCatalog`, under the paths of the files and the images.
 
-    It is measured as COCO measures, like `VAL_JSON`. The classes are those of the labeled files,
-    which are read for them.
+    It is measured as COCO measures, like `VAL_JSON`.
+
+    Args:
+        cfg: names the files.
+        val: what they hold, with the classes of the labeled files; None to read both.
 
     Returns:
         The name.
@@ -37,7 +40,8 @@ def register_voc(cfg: CfgNode) -> str:
                 "SSOD.DATA.VAL_VOC needs labeled images in SSOD.DATA, whose classes it has; with "
                 "DATASETS.TRAIN set DATASETS.TEST instead"
             )
-        val = build.read_val(cfg, build.read_labeled(cfg))
+        if val is None:
+            val = build.read_val(cfg, build.read_labeled(cfg))
         DatasetCatalog.register(name, partial(_standard_format, val))
         MetadataCatalog.get(name).set(
             evaluator_type="coco",

@@ -111,3 +111,10 @@ def test_sheet_has_every_picture_apart_from_the_others():
         boxes.append((x0, y0))
     assert boxes[0][1] == boxes[1][1] < boxes[2][1] == boxes[3][1] < boxes[4][1]
     assert boxes[0][0] == boxes[2][0] == boxes[4][0] < boxes[1][0] == boxes[3][0]
+
+
+def test_truth_is_seen_on_an_object_of_its_color():
+    image = np.full((30, 40, 3), 255 * np.array(to_rgb(TRUTH_COLOR)), np.uint8)
+    drawn = draw_boxes(image, [], [], [], true_boxes=[[10, 5, 30, 25]])
+    assert _extent(_is(drawn, "black")) == [9, 4, 31, 26]
+    assert not _is(drawn, "black")[5, 10:30].any() and _is(drawn, "black")[4, 9:31].all()

@@ -55,7 +55,7 @@ def draw_boxes(
         texts: R labels.
         scale: side of the picture by that of the image.
         dashed: (R,) bool, None for none.
-        true_boxes: (M, 4), outlined thinly in green; None for none.
+        true_boxes: (M, 4), outlined thinly in green between black; None for none.
 
     Returns:
         The picture.
@@ -73,8 +73,12 @@ def draw_boxes(
     for box, color, is_open, _ in layers:
         _draw_outline(draw, (box, color, is_open), line)
     if true_boxes is not None:
-        for box in (np.reshape(true_boxes, (-1, 4)) * factors).tolist():
-            _draw_outline(draw, (box, TRUTH_COLOR, False), max(1, line // 2))
+        thin = max(1, line // 2)
+        for box in np.reshape(true_boxes, (-1, 4)) * factors:
+            # A black edge on either side, as objects may be green.
+            edge = (box + (-1, -1, 1, 1)).tolist()
+            _draw_outline(draw, (edge, "black", False), thin + 2)
+            _draw_outline(draw, (box.tolist(), TRUTH_COLOR, False), thin)
     font = _font(max(12, round(max(size) / 60)))
     for box, color, _, text in layers:
         _draw_label(draw, box, text, color, font)

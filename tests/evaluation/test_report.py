@@ -5,7 +5,8 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from ssod.evaluation.report import PALETTE, Curve, Panel, draw_report, format_table
+from ssod.evaluation.drawing import PALETTE, TRUTH_COLOR, draw_boxes
+from ssod.evaluation.report import Curve, Panel, draw_report, format_table
 
 NAMES = ["cat", "dog", "bird"]
 
@@ -75,12 +76,28 @@ def test_boxes_have_the_color_of_their_class(tmp_path, label):
     assert added[:label] + added[label + 1 :] == [0, 0]
 
 
-def test_truth_is_drawn_white_on_validation_and_colored_on_unlabeled(tmp_path):
+def test_pictures_are_those_of_the_drawer(tmp_path):
+    """Pixel for pixel, so letters are as sharp as there."""
+    panel = _panel([[10, 10, 60, 60]], [0], [[12, 12, 62, 62]], [0])
+    report = _draw(tmp_path / "r.png", validation=[panel])
+    drawn = np.asarray(
+        draw_boxes(
+            *(panel.image, panel.boxes, panel.classes, ["cat 0.50"]),
+            scale=252 / 120,
+            true_boxes=panel.true_boxes,
+        )
+    )
+    height, width = drawn.shape[:2]
+    bottom, left = report.shape[0] - 12, 12  # a margin
+    np.testing.assert_array_equal(report[bottom - height : bottom, left : left + width], drawn)
+
+
+def test_truth_is_told_apart_on_validation_and_colored_on_unlabeled(tmp_path):
     panel = _panel(true_boxes=[[5, 5, 110, 80]], true_classes=[2])
     bare = _draw(tmp_path / "bare.png", validation=[_panel()])
     validation = _draw(tmp_path / "validation.png", validation=[panel])
     assert _count(validation, PALETTE[2]) == _count(bare, PALETTE[2])
-    assert _count(validation, "white") > _count(bare, "white")
+    assert _count(validation, TRUTH_COLOR) - _count(bare, TRUTH_COLOR) > 300
 
     bare = _draw(tmp_path / "bare.png", unlabeled=[_panel()])
     unlabeled = _draw(tmp_path / "unlabeled.png", unlabeled=[panel])

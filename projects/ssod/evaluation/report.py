@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
-from matplotlib.patheffects import withStroke
+from matplotlib.patches import Patch
+from PIL import Image
 from tabulate import tabulate
 
-from ssod.evaluation.drawing import PALETTE, class_color, text_color
+from ssod.evaluation.drawing import PALETTE, TRUTH_COLOR, class_color, draw_boxes, draw_sheet
 
-_WIDTH, _DPI = 16.0, 100  # inches, so 1600 pixels
-_COLUMNS = 6  # images side by side
+_WIDTH, _DPI = 1600, 100  # pixels, and pixels an inch
+_COLUMNS, _SIDE = 6, 252  # images side by side, and their longer side in pixels, to fill the width
 _GRAY = "#555555"
-_HEADING = {"x": 0.008, "ha": "left", "fontsize": 13, "fontweight": "bold"}
 
 
 @dataclass(frozen=True)
@@ -109,30 +108,37 @@ def draw_report(
         rows: the result table, as for `format_table`.
         columns: its columns.
     """
-    # In inches; three table lines leave room for the legend.
-    heights = {"header": 0.8 + 0.3 * max(len(rows) + 1, 3)}
-    for name, num_axes in (("validation", len(validation)), ("unlabeled", 2 * len(unlabeled))):
-        if num_axes:
-            heights[name] = 0.4 + 2.8 * math.ceil(num_axes / _COLUMNS)
-    if curves:
-        heights["curves"] = 3.8
-    figure = Figure((_WIDTH, sum(heights.values())), dpi=_DPI, layout="constrained")
-    parts = figure.subfigures(len(heights), 1, height_ratios=list(heights.values()), squeeze=False)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    part = dict(zip(heights, parts[:, 0], strict=True))
-
-    _draw_header(part["header"], title, class_names, rows, columns)
+    parts = [_draw_header(title, class_names, rows, columns)]
     if validation:
-        _draw_validation(part["validation"], validation, class_names)
+        cells = [_draw_found(panel, class_names, panel.true_boxes) for panel in validation]
+        parts.append(draw_sheet("Validation: predictions and truth", cells, _COLUMNS))
     if unlabeled:
-        _draw_unlabeled(part["unlabeled"], unlabeled, class_names)
+        cells = [
+            cell
+            for panel in unlabeled
+            for cell in (_draw_found(panel, class_names), _draw_truth(panel, class_names))
+        ]
+        parts.append(draw_sheet("Unlabeled: pseudo-boxes | hidden truth", cells, _COLUMNS))
     if curves:
-        axes = part["curves"].subplots(1, len(curves), squeeze=False)[0]
+        figure = Figure((_WIDTH / _DPI, 3.8), dpi=_DPI, layout="constrained")
+        axes = figure.subplots(1, len(curves), squeeze=False)[0]
         for ax, (name, lines) in zip(axes, curves.items(), strict=True):
             _draw_curves(ax, name, lines, burn_in_iters)
+        parts.append(_render(figure))
+    report = Image.new("RGB", (_WIDTH, sum(part.height for part in parts)), "white")
+    top = 0
+    for part in parts:
+        report.paste(part, (0, top))
+        top += part.height
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
+    report.save(path, "PNG")
+
+
+def _render(figure: Figure) -> Image.Image:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def _cells(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[list[str]]:
@@ -145,14 +151,16 @@ def _cells(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[li
 
 
 def _draw_header(
-    part: SubFigure,
     title: str,
     class_names: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
     columns: Sequence[str],
-) -> None:
-    part.suptitle(title, **{**_HEADING, "fontsize": 18})
-    ax = part.subplots()
+) -> Image.Image:
+    # Three table lines leave room for the legend.
+    height = 0.8 + 0.3 * max(len(rows) + 1, 3)
+    figure = Figure((_WIDTH / _DPI, height), dpi=_DPI, layout="constrained")
+    figure.suptitle(title, x=0.008, ha="left", fontsize=18, fontweight="bold")
+    ax = figure.subplots()
     ax.axis("off")
     if rows:
         table = ax.table(
@@ -175,74 +183,26 @@ def _draw_header(
         Patch(color=class_color(label), label=name) for label, name in enumerate(class_names[:12])
     ]
     handles.append(Line2D([], [], color=_GRAY, linewidth=2, label="predicted"))
-    handles.append(Line2D([], [], color=_GRAY, linestyle="--", label="truth (white)"))
+    handles.append(Line2D([], [], color=TRUTH_COLOR, linewidth=1, label="truth"))
     legend = ax.legend(handles=handles, loc="upper right", ncols=4, frameon=False, fontsize=10)
     legend.set_in_layout(False)  # long names shall not squeeze the table
+    return _render(figure)
 
 
-def _draw_validation(part: SubFigure, panels: Sequence[Panel], class_names: Sequence[str]) -> None:
-    part.suptitle("Validation: predictions and truth", **_HEADING)
-    for ax, panel in zip(_image_axes(part, len(panels)), panels, strict=True):
-        _draw_image(ax, panel.image, panel.title)
-        _draw_truth_outline(ax, panel.true_boxes)
-        _draw_boxes(ax, panel.boxes, panel.classes, class_names, panel.scores)
+def _draw_found(
+    panel: Panel, class_names: Sequence[str], true_boxes: np.ndarray | None = None
+) -> tuple[Image.Image, str]:
+    rows = zip(panel.classes, panel.scores, strict=True)
+    texts = [f"{class_names[int(label)]} {score:.2f}" for label, score in rows]
+    scale = _SIDE / max(panel.image.shape)
+    found = (panel.boxes, panel.classes, texts)
+    return draw_boxes(panel.image, *found, scale=scale, true_boxes=true_boxes), panel.title
 
 
-def _draw_unlabeled(part: SubFigure, panels: Sequence[Panel], class_names: Sequence[str]) -> None:
-    part.suptitle("Unlabeled: pseudo-boxes | hidden truth", **_HEADING)
-    axes = _image_axes(part, 2 * len(panels))
-    for left, right, panel in zip(axes[::2], axes[1::2], panels, strict=True):
-        _draw_image(left, panel.image, panel.title)
-        _draw_boxes(left, panel.boxes, panel.classes, class_names, panel.scores)
-        _draw_image(right, panel.image, "hidden truth")
-        _draw_boxes(right, panel.true_boxes, panel.true_classes, class_names)
-
-
-def _image_axes(part: SubFigure, count: int) -> list[Axes]:
-    axes = part.subplots(math.ceil(count / _COLUMNS), _COLUMNS, squeeze=False).ravel()
-    for ax in axes:
-        ax.axis("off")
-    return list(axes[:count])
-
-
-def _draw_image(ax: Axes, image: np.ndarray, title: str) -> None:
-    height, width = image.shape[:2]
-    # Extent in box coordinates: pixel (0, 0) covers [0, 1] x [0, 1].
-    ax.imshow(image, extent=(0, width, height, 0), interpolation="bilinear")
-    ax.set_title(title, fontsize=10, color=_GRAY)
-
-
-def _draw_truth_outline(ax: Axes, boxes: np.ndarray) -> None:
-    for x0, y0, x1, y1 in np.asarray(boxes).tolist():
-        outline = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec="white", ls="--", lw=1.2)
-        outline.set_path_effects([withStroke(linewidth=2.2, foreground="#00000080")])
-        ax.add_patch(outline)
-
-
-def _draw_boxes(
-    ax: Axes,
-    boxes: np.ndarray,
-    classes: np.ndarray,
-    class_names: Sequence[str],
-    scores: np.ndarray | None = None,
-) -> None:
-    for index, (x0, y0, x1, y1) in enumerate(np.asarray(boxes).tolist()):
-        label = int(classes[index])
-        color = class_color(label)
-        ax.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, ec=color, lw=2))
-        width = ax.get_xlim()[1]
-        at_right = x0 > 0.6 * width  # the text grows to the left there
-        ax.text(
-            min(x1, width) if at_right else max(x0, 0),
-            max(y0, 0),
-            class_names[label] if scores is None else f"{class_names[label]} {scores[index]:.2f}",
-            ha="right" if at_right else "left",
-            color=text_color(color),
-            fontsize=8,
-            va="top",
-            bbox={"facecolor": color, "edgecolor": "none", "pad": 1.0},
-            clip_on=True,
-        )
+def _draw_truth(panel: Panel, class_names: Sequence[str]) -> tuple[Image.Image, str]:
+    texts = [class_names[int(label)] for label in panel.true_classes]
+    truth = (panel.true_boxes, panel.true_classes, texts)
+    return draw_boxes(panel.image, *truth, scale=_SIDE / max(panel.image.shape)), "hidden truth"
 
 
 def _draw_curves(ax: Axes, title: str, curves: Sequence[Curve], burn_in_iters: int | None) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_iou
 
+_MATCH_IOU = 0.5  # smallest of a match
+
 
 @dataclass(frozen=True)
 class PseudoLabelQuality:
@@ -44,13 +46,12 @@ def pseudo_label_quality(
     true_boxes: Sequence[Tensor],
     true_classes: Sequence[Tensor],
     num_classes: int,
-    iou_thresh: float = 0.5,
     weights: Sequence[Tensor] | None = None,
 ) -> PseudoLabelQuality:
     """
     Match pseudo-boxes to true boxes of their image and class, best score first.
 
-    Each takes the true box of highest IoU that is still free, if that is at least `iou_thresh`,
+    Each takes the true box of highest IoU that is still free, if that is at least 0.5,
     as in COCO. All boxes of an image are XYXY pixels of one frame. Tensors may be on any device.
 
     Args:
@@ -60,14 +61,11 @@ def pseudo_label_quality(
         true_boxes: (M_i, 4) true boxes of each image, M_i = 0 allowed.
         true_classes: (M_i,) int64 in [0, K).
         num_classes: K.
-        iou_thresh: smallest IoU of a match, in (0, 1].
         weights: (R_i,) weights that the boxes are learned with; all 1 if None.
 
     Raises:
-        ValueError: if the sequences differ in length or `iou_thresh` is out of range.
+        ValueError: if the sequences differ in length.
     """
-    if not 0 < iou_thresh <= 1:
-        raise ValueError(f"iou_thresh must be in (0, 1], got {iou_thresh}")
     found, true = torch.zeros(2, num_classes, dtype=torch.int64).unbind()
     num_hits, weight_sum, weight_of_hits = 0, 0.0, 0.0
     weights = [torch.ones_like(score) for score in scores] if weights is None else weights
@@ -79,7 +77,7 @@ def pseudo_label_quality(
         # Two boxes without area have no IoU.
         ious = box_iou(box, true_box.double().cpu()).nan_to_num()
         ious[label[:, None] != true_label] = 0
-        matched = _match_greedily(ious, iou_thresh)
+        matched = _match_greedily(ious)
         found += label.bincount(minlength=num_classes)
         true += true_label.bincount(minlength=num_classes)
         num_hits += int(matched.sum())
@@ -102,7 +100,7 @@ def _divergence(true: Tensor, found: Tensor) -> float:
     return float((p * (p / q).log()).sum())
 
 
-def _match_greedily(ious: Tensor, iou_thresh: float) -> Tensor:
+def _match_greedily(ious: Tensor) -> Tensor:
     """(R,) bool, which rows of (R, M) have taken a column; the first row chooses first."""
     ious = ious.clone()
     matched = torch.zeros(len(ious), dtype=torch.bool)
@@ -110,7 +108,7 @@ def _match_greedily(ious: Tensor, iou_thresh: float) -> Tensor:
         return matched
     for row in range(len(ious)):
         iou, column = ious[row].max(dim=0)
-        if iou >= iou_thresh:
+        if iou >= _MATCH_IOU:
             matched[row] = True
             ious[:, column] = 0
     return matched

@@ -27,46 +27,30 @@ def build_two_stream_loader(
     labeled: DetectionDataset,
     unlabeled: DetectionDataset | None,
     *,
-    labeled_batch: int,
-    unlabeled_batch: int,
-    burn_in_iters: int,
     seed: int,
-    start_iter: int,
-    max_iter: int,
     min_sizes: Sequence[int],
     max_size: int,
     flip: bool,
     num_workers: int,
-    rank: int = 0,
-    world_size: int = 1,
     pin_memory: bool = False,
     labeled_strong: bool = True,
+    **sampling: int,
 ) -> DataLoader:
     """
     Return the loader of the `TwoStreamBatch` of each iteration of a training.
 
     Before `burn_in_iters` no unlabeled image is decoded and `unlabeled` of the batches is None.
-    Labeled images without boxes are used, with M = 0 targets. Batch sizes are those of all ranks;
-    for the arguments see `TwoStreamSampler` and `make_views`. Without `labeled_strong` the strong
-    views of labeled images are neither made nor sent, and their list is empty.
+    Labeled images without boxes are used, with M = 0 targets. For the arguments see `make_views`,
+    and for those in `sampling` `TwoStreamSampler`. Without `labeled_strong` the strong views of
+    labeled images are neither made nor sent, and their list is empty.
 
     Raises:
         InputError: for batch sizes that do not fit `world_size` and empty sets. While iterating:
             if several images in a row cannot be decoded, or a labeled image has not the size in
             its annotations.
     """
-    sampler = TwoStreamSampler(
-        labeled.aspect_ratios,
-        None if unlabeled is None else unlabeled.aspect_ratios,
-        labeled_batch=labeled_batch,
-        unlabeled_batch=unlabeled_batch,
-        burn_in_iters=burn_in_iters,
-        seed=seed,
-        start_iter=start_iter,
-        max_iter=max_iter,
-        rank=rank,
-        world_size=world_size,
-    )
+    ratios = None if unlabeled is None else unlabeled.aspect_ratios
+    sampler = TwoStreamSampler(labeled.aspect_ratios, ratios, seed=seed, **sampling)
     dataset = TwoStreamDataset(
         labeled,
         unlabeled,

@@ -108,8 +108,7 @@ def _with_boxes(dataset: DetectionDataset, truth: DetectionDataset) -> Detection
         other = truth[rows[record.file_name]]
         return replace(record, boxes=other.boxes, classes=other.classes)
 
-    records = (with_boxes(dataset[index]) for index in range(len(dataset)))
-    return DetectionDataset(records, dataset.class_names, dataset.category_ids)
+    return DetectionDataset(map(with_boxes, dataset), dataset.class_names, dataset.category_ids)
 
 
 def _load(host: ModuleType, cfg: CfgNode, data: RunData, weights: str) -> TeacherStudent:

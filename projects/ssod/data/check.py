@@ -129,7 +129,7 @@ def check_files(
         facts: of all its files.
         findings: problems are added to it.
     """
-    for record in (dataset[index] for index in range(len(dataset))):
+    for record in dataset:
         found = facts[record.file_name]
         where = f"{name}, image {record.image_id!r}"
         if found.problem is not None:

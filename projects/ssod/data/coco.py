@@ -81,8 +81,7 @@ def read_coco(
 def to_coco(dataset: DetectionDataset) -> dict[str, Any]:
     """Return the content of a COCO annotation file with the images and boxes of a set."""
     annotations = []
-    records = [dataset[index] for index in range(len(dataset))]
-    for record in records:
+    for record in dataset:
         rows = zip(record.boxes.tolist(), record.classes.tolist(), strict=True)
         for (x0, y0, x1, y1), label in rows:
             annotations.append(
@@ -97,7 +96,7 @@ def to_coco(dataset: DetectionDataset) -> dict[str, Any]:
             )
     images = [
         {"id": r.image_id, "file_name": r.file_name, "height": r.height, "width": r.width}
-        for r in records
+        for r in dataset
     ]
     return {"images": images, "annotations": annotations, "categories": dataset.categories}
 

@@ -91,7 +91,7 @@ class FlatList(Sequence[int | str]):
 
 class DetectionDataset:
     """
-    A sequence of `ImageRecord`, read by index.
+    A sequence of `ImageRecord`, read by index or one after the other.
 
     All is kept in a few flat arrays, which processes that are forked share, and which are filled
     record by record: a million images without boxes take about 0.2 GB.

@@ -463,7 +463,7 @@ def test_unlabeled_images_of_coco_need_no_annotations(shapes, tmp_path):
     path.write_text(json.dumps({"images": content["images"]}))
     found = catalog._load_unlabeled(str(path), str(shapes / "images"))
     assert [entry["image_id"] for entry in found] == [i["id"] for i in content["images"]]
-    assert all("annotations" not in entry for entry in found)
+    assert all(entry["annotations"] == [] for entry in found)
 
 
 def test_missing_unlabeled_images_of_coco_name_the_expected_path(monkeypatch, tmp_path):

@@ -25,6 +25,7 @@ from ssod.data.images import read_image_size
 from ssod.data.reading import XYWH, XYXY, OnProblem, read_box, skipping_boxes, stop
 from ssod.errors import InputError
 from ssod.hosts.detectron2.evaluators import check_evaluable, reading_catalog, test_dataset_names
+from ssod.hosts.detectron2.voc import standard_format
 
 logger = logging.getLogger(__name__)
 
@@ -274,11 +275,7 @@ def _read_form_and_class(
 def _load_unlabeled(json_file: str, images: str) -> list[dict[str, Any]]:
     os.stat(json_file)  # raises what `reading_catalog` has an explanation for
     # Unlike Detectron2's reader this one needs neither annotations nor categories.
-    dataset = read_coco(json_file, images, require_annotations=False)
-    return [
-        {"file_name": r.file_name, "height": r.height, "width": r.width, "image_id": r.image_id}
-        for r in (dataset[i] for i in range(len(dataset)))
-    ]
+    return standard_format(read_coco(json_file, images, require_annotations=False))
 
 
 def _register_coco_unlabeled() -> None:

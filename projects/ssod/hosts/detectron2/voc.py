@@ -42,7 +42,7 @@ def register_voc(cfg: CfgNode, val: DetectionDataset | None = None) -> str:
             )
         if val is None:
             val = build.read_val(cfg, build.read_labeled(cfg))
-        DatasetCatalog.register(name, partial(_standard_format, val))
+        DatasetCatalog.register(name, partial(standard_format, val))
         MetadataCatalog.get(name).set(
             evaluator_type="coco",
             thing_classes=val.class_names,
@@ -51,7 +51,8 @@ def register_voc(cfg: CfgNode, val: DetectionDataset | None = None) -> str:
     return name
 
 
-def _standard_format(dataset: DetectionDataset) -> list[dict[str, Any]]:
+def standard_format(dataset: DetectionDataset) -> list[dict[str, Any]]:
+    """Return the images and boxes of a set as Detectron2's catalog has them."""
     return [
         {
             "file_name": record.file_name,
@@ -63,5 +64,5 @@ def _standard_format(dataset: DetectionDataset) -> list[dict[str, Any]]:
                 for box, label in zip(record.boxes.tolist(), record.classes.tolist(), strict=True)
             ],
         }
-        for record in (dataset[index] for index in range(len(dataset)))
+        for record in dataset
     ]

@@ -65,15 +65,10 @@ def read_coco(
                 boxes[entry["image_id"]].append(box)
                 classes[entry["image_id"]].append(class_of[entry["category_id"]])
     records = (
-        ImageRecord(
-            image_id,
-            files[image_id],
-            image["height"],
-            image["width"],
-            np.array(boxes.get(image_id, ()), np.float32).reshape(-1, 4),
-            np.array(classes.get(image_id, ()), np.int64),
+        ImageRecord.from_rows(
+            i, files[i], (image["height"], image["width"]), boxes.get(i, ()), classes.get(i, ())
         )
-        for image_id, image in file.images.items()
+        for i, image in file.images.items()
     )
     return DetectionDataset(records, list(file.names.values()), list(file.names))
 

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import numpy as np
-
 from ssod.data.coco import read_coco
 from ssod.data.images import IMAGE_SUFFIXES, read_image_size
 from ssod.data.index import read_index
@@ -117,13 +115,12 @@ def read_images(
 def _read_records(
     root: str, names: Sequence[str], failures: list[InputError]
 ) -> Iterator[ImageRecord]:
-    no_boxes, no_classes = np.empty((0, 4), np.float32), np.empty(0, np.int64)
     for name, size in zip(names, read_sizes(root, names), strict=True):
         if isinstance(size, InputError):
             failures.append(size)
         else:
             image_id = name.replace(os.sep, "/")
-            yield ImageRecord(image_id, os.path.join(root, name), *size, no_boxes, no_classes)
+            yield ImageRecord.from_rows(image_id, os.path.join(root, name), size)
 
 
 def _has_image_suffix(name: str) -> bool:

@@ -39,6 +39,19 @@ class ImageRecord:
     boxes: np.ndarray
     classes: np.ndarray
 
+    @classmethod
+    def from_rows(
+        cls,
+        image_id: int | str,
+        file_name: str,
+        size: tuple[int, int],
+        boxes: Sequence[np.ndarray] = (),
+        classes: Sequence[int] = (),
+    ) -> ImageRecord:
+        """Make a record of height and width, and M boxes, each (4,), with their classes."""
+        rows = np.array(boxes, np.float32).reshape(-1, 4)
+        return cls(image_id, file_name, *size, rows, np.array(classes, np.int64))
+
 
 class FlatList(Sequence[int | str]):
     """

@@ -105,14 +105,8 @@ class _Image:
             known = ", ".join(class_of)
             message = f"{where}: class {name!r} is not one of the labeled images' ({known})"
             on_problem("classes", InputError(message))
-        return ImageRecord(
-            self.image_id,
-            self.file_name,
-            self.height,
-            self.width,
-            np.array(boxes, np.float32).reshape(-1, 4),
-            np.array(classes, np.int64),
-        )
+        size = (self.height, self.width)
+        return ImageRecord.from_rows(self.image_id, self.file_name, size, boxes, classes)
 
 
 def _find_files(path: str | Path) -> Iterator[tuple[str, Path]]:

@@ -247,14 +247,7 @@ def _make_record(
         if box is not None:
             boxes.append(box)
             classes.append(label)
-    return ImageRecord(
-        image_id,
-        file_name,
-        height,
-        width,
-        np.array(boxes, np.float32).reshape(-1, 4),
-        np.array(classes, np.int64),
-    )
+    return ImageRecord.from_rows(image_id, file_name, (height, width), boxes, classes)
 
 
 def _read_form_and_class(

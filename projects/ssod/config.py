@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ from typing import Any
 import yaml
 from fvcore.common.config import CfgNode
 
+from ssod.core.method import METHOD_REGISTRY
 from ssod.errors import InputError
+from ssod.plugins import load_plugin
+from ssod.removed import REMOVED
+
+logger = logging.getLogger(__name__)
 
 _NOT_EMPTY = ("INPUT.MIN_SIZE_TRAIN", "MODEL.RPN.IOU_THRESHOLDS", "MODEL.ROI_HEADS.IOU_THRESHOLDS")
 _RANGES = {  # of keys that nothing else checks before training
@@ -48,6 +54,8 @@ def add_ssod_config(cfg: CfgNode) -> None:
     ssod = cfg.SSOD
     # "torchvision" (everything from PyPI, one process) or "detectron2" (many GPUs).
     ssod.HOST = "torchvision"
+    # Python file with filters and methods of your own, which is run. "": none.
+    ssod.PLUGIN = ""
     # Iterations on labeled images alone before the teacher starts (Unbiased Teacher, COCO 1-10 %).
     ssod.BURN_IN_ITERS = 2000
     # Share of the teacher kept at each update, in [0, 1) (Unbiased Teacher).
@@ -68,6 +76,13 @@ def add_ssod_config(cfg: CfgNode) -> None:
     ssod.CANONICAL_BOX_SIZE = 224
     # "SGD" (published recipes) or "AdamW" (short schedules from scratch).
     ssod.OPTIMIZER = "SGD"
+    # Precision with SOLVER.AMP.ENABLED: "float16" (Detectron2's) or "bfloat16".
+    ssod.AMP_DTYPE = "float16"
+    # Forward and backward passes that an iteration's batch is divided into, to save memory.
+    ssod.ACCUMULATE_STEPS = 1
+    # Training stops after so many iterations in a row without finite gradients. Those of fp16
+    # begin with some, until the loss scale fits.
+    ssod.MAX_SKIPPED_STEPS = 20
     # Iterations between two lines of metrics, each of which waits for the device.
     ssod.LOG_PERIOD = 20
 
@@ -120,8 +135,7 @@ def _add_adaptive_threshold(group: CfgNode) -> None:
     # AdaptiveClassThreshold: detections that thresholds are computed from. "queue": of the last
     # unlabeled images of the training; "sweep": of a sample, found by the teacher for it (paper).
     group.SOURCE = "queue"
-    # Iterations (forward passes, if gradients are accumulated) between two computations of the
-    # thresholds (LabelMatch's configs).
+    # Iterations between two computations of the thresholds (LabelMatch's configs).
     group.REFRESH_PERIOD = 1000
     # Images in the queue, over all processes (LabelMatch's online variant).
     group.QUEUE_IMAGES = 12800
@@ -129,17 +143,12 @@ def _add_adaptive_threshold(group: CfgNode) -> None:
     group.SWEEP_IMAGES = 10000
     # Share of the expected boxes that is reliable, in [0, 1] (LabelMatch's code).
     group.RELIABLE_FRACTION = 0.2
-    # Least threshold, a probability (LabelMatch's code).
-    group.MIN_SCORE = 0.05
 
 
 def _add_soft_match(group: CfgNode) -> None:
-    # SoftMatchWeighting: share of the statistics kept at each iteration (forward pass, if
-    # gradients are accumulated), in (0, 1) (SoftMatch).
+    # SoftMatchWeighting: share of the statistics kept at each iteration, in (0, 1) (SoftMatch).
     # Training after the burn-in must be much longer than 1 / (1 - EMA_DECAY) iterations.
     group.EMA_DECAY = 0.999
-    # Weights are exp(-(N_SIGMA * d)^2 / 2), d standard deviations below the mean (SoftMatch).
-    group.N_SIGMA = 2.0
     # Statistics of all scores, "global" (SoftMatch), or of each class, "per_class".
     group.SCOPE = "global"
     # How they start: "paper" (mean 1 / classes, variance 1), or from the first boxes alone,
@@ -158,40 +167,17 @@ def _add_low_resolution(group: CfgNode) -> None:
     # Score above which FixedThreshold hands boxes to the branch, at most SCORE_THRESH (LSM). The
     # other filters have bounds of their own: ACT's lower thresholds, SoftMatch's POOL_FLOOR.
     group.ALPHA = 0.5
-    # FixedThreshold: the main branch ignores boxes between the two thresholds. LSM: background.
-    group.IGNORE_LOW_SCORES = False
     # Factor on the losses of the branch, within UNSUP_LOSS_WEIGHT (ours: LSM says "decreased").
     group.WEIGHT = 0.5
-    # Iterations after the burn-in over which all losses of the branch grow from 0; 0: at once.
-    group.RAMP_ITERS = 0
-    # Of the small image: "bilinear" or "nearest" (PseCo).
-    group.INTERPOLATION = "bilinear"
-    # Regions: "rpn", drawn anew from the main branch's proposals, or "main", those of its losses.
-    group.PROPOSALS = "rpn"
     # Levels of the small image that count; regions go to the level below that of the full one.
     group.LEVELS = (2, 3, 4)
-    # Leave out regions of level 2 instead of pooling them from level 2 of the small image.
-    group.DROP_UNALIGNED = False
-    # Classifier of the branch: "aux", its own, or "main".
+    # Classifier of the branch: "aux", its own, or "main" (as in multi-scale label consistency; box
+    # coordinates are learned only with UNSUP_BOX_LOSSES then).
     group.HEAD = "aux"
-    # How its own one starts: "main", as a copy at the end of the burn-in, or "random".
-    group.HEAD_INIT = "main"
-    # Boxes that the branch learns coordinates of: "all", "reliable" (by the main branch's weight)
-    # or "none".
-    group.BOX_LOSS = "all"
     # Train the RPN on the small image too, a second pass of it, proposals included (PseCo).
     group.RPN_LOSS = False
     # Factor on the self-distillation, within UNSUP_LOSS_WEIGHT; 0: none.
     group.DISTILL_WEIGHT = 1.0
-    # Whose distribution the divergence is from: "aux" (LSM), "main" or "both", half of each.
-    group.DISTILL_TARGET = "aux"
-    # Stop the gradient to that distribution. LSM lets both learn.
-    group.DISTILL_DETACH = False
-    # Regions: "pseudo", by how little the main branch learns of their box, or "predicted", with an
-    # auxiliary score between the thresholds of FixedThreshold.
-    group.DISTILL_REGIONS = "pseudo"
-    # What their sum is divided by: all "sampled" regions, or those that are "distilled".
-    group.DISTILL_NORM = "sampled"
 
 
 def add_detectron2_config(cfg: CfgNode) -> None:
@@ -199,13 +185,6 @@ def add_detectron2_config(cfg: CfgNode) -> None:
     ssod = cfg.SSOD
     # What the model is in eval mode: "teacher" (once it has started) or "student".
     ssod.EVAL_MODEL = "teacher"
-    # Precision with SOLVER.AMP.ENABLED: "float16" (Detectron2's) or "bfloat16".
-    ssod.AMP_DTYPE = "float16"
-    # Forward and backward passes that an iteration's batch is divided into, to save memory.
-    ssod.ACCUMULATE_STEPS = 1
-    # Training stops after so many iterations in a row without finite gradients. Those of fp16
-    # begin with some, until the loss scale fits.
-    ssod.MAX_SKIPPED_STEPS = 20
     # Checkpoints to keep besides the best and the final one.
     ssod.CHECKPOINTS_TO_KEEP = 3
     # Names in `DatasetCatalog` of unlabeled images; DATASETS.TRAIN names the labeled ones.
@@ -239,6 +218,11 @@ def _coerce(default: Any, value: Any) -> Any:
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
+    if key in REMOVED:
+        stays, instead = REMOVED[key]
+        if str(value) != str(stays):  # configs that runs have written hold every key
+            raise InputError(f"{source}: {key} was removed, and with it {value!r}: {instead}")
+        return
     known = dict(_leaves(cfg))
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)
@@ -282,7 +266,9 @@ def _load_yaml(path: str) -> dict:
     return loaded
 
 
-def merge_config(cfg: CfgNode, path: str, overrides: Sequence[str] = ()) -> CfgNode:
+def merge_config(
+    cfg: CfgNode, path: str, overrides: Sequence[str] = (), run_plugin: bool = True
+) -> CfgNode:
     """
     Merge a YAML file (with `_BASE_`) and `KEY VALUE ...` overrides into a host's defaults.
 
@@ -290,15 +276,25 @@ def merge_config(cfg: CfgNode, path: str, overrides: Sequence[str] = ()) -> CfgN
         cfg: the host's defaults with `add_ssod_config` applied; changed in place and returned.
         path: YAML file; "" for none.
         overrides: alternating keys and values, as on a command line.
+        run_plugin: run the file that `SSOD.PLUGIN` names. If not, and one is named, filter and
+            methods are those of the defaults: for configs that the user has not named.
 
     Raises:
         InputError: for a missing or malformed file, an unknown key, or a value of another type
-            or out of range.
+            or out of range, and as `load_plugin`.
     """
-    for key, value in _leaves(_load_yaml(path) if path else {}):
-        _set(cfg, key, value, path)
     if len(overrides) % 2:
         raise InputError(f"overrides must be KEY VALUE pairs, got {' '.join(overrides)!r}")
+    leaves = dict(_leaves(_load_yaml(path) if path else {}))
+    pairs = dict(zip(overrides[::2], overrides[1::2], strict=True))
+    plugin = pairs.get("SSOD.PLUGIN", leaves.get("SSOD.PLUGIN", ""))
+    if plugin and run_plugin:
+        load_plugin(str(plugin), cfg)
+    elif plugin:
+        logger.info("%s: the file of SSOD.PLUGIN, %s, is not run", path, plugin)
+        leaves = {k: v for k, v in leaves.items() if not _is_of_plugin(cfg, k)}
+    for key, value in leaves.items():
+        _set(cfg, key, value, path)
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):
         # Everything but a string is read as it would be in a file.
         is_text = isinstance(dict(_leaves(cfg)).get(key), str)
@@ -308,6 +304,14 @@ def merge_config(cfg: CfgNode, path: str, overrides: Sequence[str] = ()) -> CfgN
             value = text
         _set(cfg, key, value, "command line")
     return cfg
+
+
+def _is_of_plugin(cfg: CfgNode, key: str) -> bool:
+    """Whether a key may be of, or need, the file that `SSOD.PLUGIN` names."""
+    group, _, rest = key.removeprefix("SSOD.").partition(".")
+    known = cfg.SSOD.keys() - {"FILTER", *(cls.group for _, cls in METHOD_REGISTRY)}
+    is_of_group = bool(rest) and key.startswith("SSOD.") and group not in known
+    return key == "SSOD.PLUGIN" or is_of_group
 
 
 def read_host(path: str, overrides: Sequence[str] = ()) -> str:

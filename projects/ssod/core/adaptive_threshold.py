@@ -12,7 +12,6 @@ import math
 from typing import Literal
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from ssod.core.filters import (
@@ -136,12 +135,12 @@ class AdaptiveClassThreshold(PseudoLabelFilter):
 
     - "queue": the detections of the last `queue_images` images that the filter was given in
       training, over all ranks. In the spirit of LabelMatch's online variant, which keeps 20
-      scores of each class. Computed at the first call, then every `refresh_period` calls and
+      scores of each class. Computed at the first call, then every `refresh_period` iterations and
       whenever the queue has a tenth more images than the last time: few images say little,
       so a filling queue cannot wait for the period.
-    - "sweep": the published method. The host gives the teacher's detections on a sample of
-      `sweep_images` unlabeled images to `set_thresholds_from`, at the start of training and
-      every `refresh_period` iterations.
+    - "sweep": the published method. Thresholds come from the teacher's detections on a sample of
+      `sweep_images` unlabeled images, at the end of the burn-in and every `refresh_period`
+      iterations.
 
     Until there are thresholds, all detections of at least `min_score` are undecided: nothing is
     learned as an object, and nothing that the teacher finds as background.
@@ -149,12 +148,13 @@ class AdaptiveClassThreshold(PseudoLabelFilter):
     Args:
         num_classes: K.
         source: "queue" or "sweep".
-        refresh_period: calls in train mode (iterations, unless gradients are accumulated).
+        refresh_period: iterations.
         queue_images: images in the queue.
         max_detections: most detections of an image; of more the best are remembered.
         reliable_fraction: share of the expected boxes that is reliable, in [0, 1].
         min_score: least threshold, in [0, 1].
-        sweep_images: images of a sweep; the host reads it.
+        sweep_images: images of a sweep.
+        passes: calls of an iteration in train mode.
 
     Raises:
         InputError: if an argument is out of range.
@@ -177,6 +177,7 @@ class AdaptiveClassThreshold(PseudoLabelFilter):
         reliable_fraction: float = 0.2,
         min_score: float = 0.05,
         sweep_images: int = 10000,
+        passes: int = 1,
     ):
         super().__init__()
         if source not in ("queue", "sweep"):
@@ -189,14 +190,18 @@ class AdaptiveClassThreshold(PseudoLabelFilter):
         }.items():
             if value < 1:
                 raise InputError(f"{key} must be at least 1, got {value}")
-        for key, share in {"RELIABLE_FRACTION": reliable_fraction, "MIN_SCORE": min_score}.items():
+        for key, share in {
+            "SSOD.FILTER.RELIABLE_FRACTION": reliable_fraction,
+            "min_score": min_score,
+        }.items():
             if not 0 <= share <= 1:
-                raise InputError(f"SSOD.FILTER.{key} must be in [0, 1], got {share}")
+                raise InputError(f"{key} must be in [0, 1], got {share}")
         self.source = source
         self.refresh_period = refresh_period
         self.reliable_fraction = reliable_fraction
         self.min_score = min_score
         self.sweep_images = sweep_images
+        self.passes = passes
         self.labels = LabelDistribution(num_classes)
         if source == "queue":
             self.queue = ScoreQueue(num_classes, queue_images, max_detections)
@@ -205,21 +210,6 @@ class AdaptiveClassThreshold(PseudoLabelFilter):
         self.calls = 0
         self.images_at_refresh = 0
         self.has_thresholds = False
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, num_classes: int) -> AdaptiveClassThreshold:
-        """Read `SSOD.FILTER` and `TEST.DETECTIONS_PER_IMAGE`."""
-        keys = cfg.SSOD.FILTER
-        return cls(
-            num_classes,
-            source=keys.SOURCE,
-            refresh_period=keys.REFRESH_PERIOD,
-            queue_images=keys.QUEUE_IMAGES,
-            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-            reliable_fraction=keys.RELIABLE_FRACTION,
-            min_score=keys.MIN_SCORE,
-            sweep_images=keys.SWEEP_IMAGES,
-        )
 
     def get_extra_state(self) -> Tensor:
         """Counts and whether there are thresholds, for the checkpoint."""
@@ -238,6 +228,11 @@ class AdaptiveClassThreshold(PseudoLabelFilter):
     def set_label_distribution(self, class_counts: Tensor, num_labeled: int) -> None:
         """Remember how often labels have each class; needed before training and sweeps."""
         self.labels.set(class_counts, num_labeled)
+
+    def sweep_request(self, iterations: int) -> int | None:
+        """Return the size of a sweep if one is due, None if not or if there are none."""
+        is_due = not self.has_thresholds or iterations % self.refresh_period == 0
+        return self.sweep_images if self.source == "sweep" and is_due else None
 
     def set_thresholds_from(self, scores: Tensor, labels: Tensor, num_images: int) -> None:
         """
@@ -286,7 +281,7 @@ class AdaptiveClassThreshold(PseudoLabelFilter):
         self.queue.push(detections)
         num_images = self.queue.num_filled
         has_grown = 10 * num_images >= 11 * self.images_at_refresh
-        if has_grown or self.calls % self.refresh_period == 0:
+        if has_grown or self.calls % (self.refresh_period * self.passes) == 0:
             self.set_thresholds_from(*self.queue.scores_and_classes(), num_images)
             self.images_at_refresh = num_images
         self.calls += 1

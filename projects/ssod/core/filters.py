@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
-from fvcore.common.config import CfgNode
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
@@ -21,7 +20,9 @@ PSEUDO_LABEL_FILTER_REGISTRY = Registry("PSEUDO_LABEL_FILTER")
 PSEUDO_LABEL_FILTER_REGISTRY.__doc__ = """
 Registry of `PseudoLabelFilter` classes, chosen by `SSOD.FILTER.NAME`.
 
-A registered class has `from_config(cfg, num_classes)`, which reads its keys of `cfg.SSOD.FILTER`.
+The arguments of a constructor are keys of `SSOD.FILTER` in lower case. It may also ask for
+`num_classes`, for `max_detections` of an image, and for `passes`, the calls of an iteration (more
+than one if gradients are accumulated).
 """
 
 
@@ -47,11 +48,6 @@ class PseudoLabelFilter(nn.Module, ABC):
         """Whether it can tell yet what is learned."""
         return True
 
-    @classmethod
-    @abstractmethod
-    def from_config(cls, cfg: CfgNode, num_classes: int) -> PseudoLabelFilter:
-        """Build the filter from `cfg.SSOD.FILTER`."""
-
     @abstractmethod
     def forward(self, detections: list[Detections]) -> list[PseudoLabels]:
         """Filter each image's (R,) detections; an image may keep none."""
@@ -63,6 +59,25 @@ class PseudoLabelFilter(nn.Module, ABC):
         Args:
             class_counts: (K,) labeled boxes of each class, the same on every rank.
             num_labeled: labeled images.
+        """
+
+    def sweep_request(self, iterations: int) -> int | None:
+        """
+        Return of how many unlabeled images it needs the teacher's detections now, None for none.
+
+        Args:
+            iterations: done since the end of the burn-in.
+        """
+        return None
+
+    def set_thresholds_from(self, scores: Tensor, labels: Tensor, num_images: int) -> None:
+        """
+        Take what a sweep has found; called after each `sweep_request`.
+
+        Args:
+            scores: (R,) of all ranks' images, the same on every rank.
+            labels: (R,) int64 in [0, K]; rows of class K, the background, are no detections.
+            num_images: images of the sample, with those where nothing was found.
         """
 
     def metrics(self) -> dict[str, Tensor]:
@@ -101,75 +116,44 @@ def to_pseudo_labels(kept: Detections, weights: Tensor, reliable: Tensor) -> Pse
     )
 
 
-def build_filter(cfg: CfgNode, num_classes: int) -> PseudoLabelFilter:
-    """
-    Build the filter that `SSOD.FILTER.NAME` names.
-
-    Raises:
-        InputError: if no such filter is registered, or it refuses a key.
-    """
-    # They register themselves; they import this module, so it cannot import them at its top.
-    from ssod.core import adaptive_threshold, soft_match  # noqa: F401
-
-    name = cfg.SSOD.FILTER.NAME
-    if name not in PSEUDO_LABEL_FILTER_REGISTRY:
-        known = sorted(name for name, _ in PSEUDO_LABEL_FILTER_REGISTRY)
-        raise InputError(f"SSOD.FILTER.NAME must be one of {known}, got {name!r}")
-    return PSEUDO_LABEL_FILTER_REGISTRY.get(name).from_config(cfg, num_classes)
-
-
 @PSEUDO_LABEL_FILTER_REGISTRY.register()
 class FixedThreshold(PseudoLabelFilter):
     """
     Keep detections with a score above one threshold, all with weight 1.
 
     The filter of Unbiased Teacher (https://arxiv.org/abs/2102.09480): strictly above, default 0.7.
-    Detections with a score in (low_score_thresh, score_thresh] are kept for other branches, with
-    weights of 0 and not `reliable`.
+    Detections with a score in (undecided_thresh, score_thresh] are kept for other branches, with
+    weights of 0 and not `reliable`; to the main branch they are background.
 
     Args:
         score_thresh: probability in [0, 1].
-        low_score_thresh: probability up to `score_thresh`; None for the same.
-        ignore_low_scores: whether the main branch ignores boxes between the two; otherwise they
-            are background to it.
+        undecided_thresh: probability up to `score_thresh`; None for the same.
 
     Raises:
         InputError: if a threshold is out of range.
     """
 
-    def __init__(
-        self,
-        score_thresh: float = 0.7,
-        low_score_thresh: float | None = None,
-        ignore_low_scores: bool = False,
-    ):
+    def __init__(self, score_thresh: float = 0.7, undecided_thresh: float | None = None):
         super().__init__()
         if not 0 <= score_thresh <= 1:
             raise InputError(
                 f"SSOD.FILTER.SCORE_THRESH must be in [0, 1], got {score_thresh}. "
                 "Scores are probabilities, not logits."
             )
-        if low_score_thresh is None:
-            low_score_thresh = score_thresh
-        if not 0 <= low_score_thresh <= score_thresh:
+        if undecided_thresh is None:
+            undecided_thresh = score_thresh
+        if not 0 <= undecided_thresh <= score_thresh:
             raise InputError(
-                f"SSOD.LSM.ALPHA must be in [0, SSOD.FILTER.SCORE_THRESH {score_thresh}], "
-                f"got {low_score_thresh}"
+                f"undecided_thresh must be in [0, score_thresh {score_thresh}], "
+                f"got {undecided_thresh}"
             )
         self.score_thresh = score_thresh
-        self.low_score_thresh = low_score_thresh
-        self.drops_undecided = low_score_thresh < score_thresh and not ignore_low_scores
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, num_classes: int) -> FixedThreshold:
-        """Read `SSOD.FILTER.SCORE_THRESH` and, if there is the branch, `SSOD.LSM`."""
-        lsm = cfg.SSOD.LSM
-        low = (lsm.ALPHA, lsm.IGNORE_LOW_SCORES) if lsm.ENABLED else ()
-        return cls(cfg.SSOD.FILTER.SCORE_THRESH, *low)
+        self.undecided_thresh = undecided_thresh
+        self.drops_undecided = undecided_thresh < score_thresh
 
     def forward(self, detections: list[Detections]) -> list[PseudoLabels]:
         """Filter each image's (R,) detections; an image may keep none."""
-        rows = kept_rows([d.scores > self.low_score_thresh for d in detections])
+        rows = kept_rows([d.scores > self.undecided_thresh for d in detections])
         kept = [d[row] for d, row in zip(detections, rows, strict=True)]
         reliable = [k.scores > self.score_thresh for k in kept]
         return [

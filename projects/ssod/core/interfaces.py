@@ -24,6 +24,7 @@ from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSam
 
 Features = dict[str, Tensor]
 Rescore = Callable[[Tensor, Tensor], Tensor]
+Reweight = Callable[[RegionSamples, RegionOutput], RegionSamples]
 
 
 @dataclass
@@ -186,14 +187,23 @@ class RegionDetector(nn.Module, ABC):
             for norm in norms:
                 norm.train()
 
-    def losses(self, features: Features, batch: ImageBatch, targets: list[Targets]) -> LossOutput:
+    def losses(
+        self,
+        features: Features,
+        batch: ImageBatch,
+        targets: list[Targets],
+        reweight: Reweight | None = None,
+    ) -> LossOutput:
         """
         Compute the host's own losses of N images, weighted by (M_i,) targets; train mode only.
 
-        The order of the calls keeps the host's random draws.
+        `reweight(samples, regions)` may change weights and targets of the sampled regions once they
+        are scored. The order of the calls keeps the host's random draws.
         """
         proposals, losses = self.propose(features, batch, targets)
         samples = self.sample(proposals, targets)
         regions = self.score_regions(features, samples.boxes)
+        if reweight is not None:
+            samples = reweight(samples, regions)
         losses.update(self.region_losses(regions, samples))
         return LossOutput(losses, proposals, samples, regions)

@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor
 
 from ssod.core.distributed import all_reduce_sum
@@ -128,7 +127,7 @@ class SoftMatchWeighting(PseudoLabelFilter):
 
     Args:
         num_classes: K.
-        ema_decay: share of the statistics kept at each call in train mode, in [0, 1).
+        ema_decay: share of the statistics kept at each call in train mode, in (0, 1).
         n_sigma: of `truncated_gaussian_weight`, above 0.
         scope: "global": one mean and variance. "per_class": of each class, which stay as they are
             while the class is not in the pool; rare classes have too few boxes for it.
@@ -180,20 +179,6 @@ class SoftMatchWeighting(PseudoLabelFilter):
         else:
             self.moments = RunningSums(self.num_groups, 2, ema_decay, scope == "per_class")
             self.shares = RunningSums(1, num_classes, ema_decay)
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, num_classes: int) -> SoftMatchWeighting:
-        """Read `SSOD.FILTER`."""
-        keys = cfg.SSOD.FILTER
-        return cls(
-            num_classes,
-            ema_decay=keys.EMA_DECAY,
-            n_sigma=keys.N_SIGMA,
-            scope=keys.SCOPE,
-            start=keys.START,
-            alignment=keys.ALIGNMENT,
-            pool_floor=keys.POOL_FLOOR,
-        )
 
     def set_label_distribution(self, class_counts: Tensor, num_labeled: int) -> None:
         """Remember (K,) labeled boxes of each class; ValueError as `LabelDistribution.set`."""
@@ -288,7 +273,7 @@ def _check(ema_decay: float, n_sigma: float, pool_floor: float) -> None:
             "It is the share of the statistics kept at each update."
         )
     if not n_sigma > 0:
-        raise InputError(f"SSOD.FILTER.N_SIGMA must be above 0, got {n_sigma}")
+        raise InputError(f"n_sigma must be above 0, got {n_sigma}")
     if not 0 <= pool_floor <= 1:
         raise InputError(
             f"SSOD.FILTER.POOL_FLOOR must be in [0, 1], got {pool_floor}. "

@@ -1,46 +1,34 @@
 """
-The training iteration: a student, its mean teacher and pseudo-labels.
+The losses of a training iteration: a student, its mean teacher and pseudo-labels.
 
-Shape shorthand: N images, R boxes of one image, K foreground classes.
+Shape shorthand: N images, R boxes of one image, K foreground classes, D embedding size.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
 from ssod.core.ema import update_ema
-from ssod.core.filters import PseudoLabelFilter, build_filter, kept_rows
-from ssod.core.interfaces import Features, LossOutput, RegionDetector
-from ssod.core.low_resolution import LowResolutionBranch
-from ssod.core.structures import ImageBatch, PseudoLabels, TwoStreamBatch, Views
+from ssod.core.filters import PseudoLabelFilter, kept_rows
+from ssod.core.interfaces import RegionDetector
+from ssod.core.method import Method, Step
+from ssod.core.structures import (
+    Detections,
+    PseudoLabels,
+    RegionOutput,
+    RegionSamples,
+    TwoStreamBatch,
+)
 from ssod.errors import InputError
 
 BOX_LOSSES = ("loss_box_reg", "loss_rpn_loc")
 LabeledViews = Literal["both", "strong", "weak"]
-
-
-def arguments_from_config(cfg: CfgNode, student: RegionDetector) -> dict[str, Any]:
-    """
-    Read the arguments of `TeacherStudent`, all but the student, from a host's config.
-
-    Raises:
-        InputError: for a filter that does not exist, or a part that does not accept its keys.
-    """
-    ssod = cfg.SSOD
-    return {
-        "pseudo_label_filter": build_filter(cfg, student.num_classes),
-        "low_resolution": LowResolutionBranch.from_config(cfg, student),
-        "burn_in_iters": ssod.BURN_IN_ITERS,
-        "ema_decay": ssod.EMA_DECAY,
-        "unsup_loss_weight": ssod.UNSUP_LOSS_WEIGHT,
-        "unsup_box_losses": ssod.UNSUP_BOX_LOSSES,
-        "labeled_views": ssod.LABELED_VIEWS,
-    }
 
 
 class TeacherStudent(nn.Module):
@@ -49,10 +37,11 @@ class TeacherStudent(nn.Module):
 
     Unbiased Teacher (https://arxiv.org/abs/2102.09480): supervised burn-in, then the teacher starts
     as a copy of the student, labels weakly augmented unlabeled images, and the student learns
-    them from the strongly augmented view. `forward` is one iteration's losses; call `after_step`
-    once the optimizer has stepped. Parameters are those of `student`, the frozen `teacher` and the
-    other parts, so one checkpoint holds them; the iteration and whether the teacher has started
-    are saved with them.
+    them from the strongly augmented view. What else is learned comes from methods, by their hooks.
+    `forward` is one iteration's losses; call `start_teacher_if_due` before it and `after_step` once
+    the optimizer has stepped. Parameters are those of `student`, the frozen `teacher`, the filter
+    and the methods, so one checkpoint holds them; the iteration and whether the teacher has
+    started are saved with them.
 
     Differs from the published code: the teacher is in eval mode and does not exist, rather than
     being random, before the end of the burn-in; left-out losses are left out, not multiplied by
@@ -67,7 +56,7 @@ class TeacherStudent(nn.Module):
             while the teacher averages as usual: the control of a comparison.
         unsup_box_losses: whether box losses are computed against pseudo-boxes.
         labeled_views: views of labeled images the student learns from.
-        low_resolution: a second branch of the student that adds losses to unlabeled images.
+        methods: what to add, by name; hooks are called in this order.
 
     Raises:
         InputError: if an argument is out of range.
@@ -83,7 +72,7 @@ class TeacherStudent(nn.Module):
         unsup_loss_weight: float,
         unsup_box_losses: bool = False,
         labeled_views: LabeledViews = "both",
-        low_resolution: LowResolutionBranch | None = None,
+        methods: Mapping[str, Method] | None = None,
     ):
         super().__init__()
         if burn_in_iters < 0:
@@ -102,7 +91,7 @@ class TeacherStudent(nn.Module):
         self.student = student
         self.teacher = copy.deepcopy(student).requires_grad_(False)
         self.pseudo_label_filter = pseudo_label_filter
-        self.low_resolution = low_resolution
+        self.methods: Any = nn.ModuleDict(dict(methods or {}))
         self.burn_in_iters = burn_in_iters
         self.ema_decay = ema_decay
         self.unsup_loss_weight = unsup_loss_weight
@@ -141,10 +130,11 @@ class TeacherStudent(nn.Module):
         scalars of this call.
 
         Raises:
-            ValueError: if the iteration needs unlabeled images and the batch has none.
+            ValueError: if the iteration needs unlabeled images and the batch has none, or a teacher
+                that has not started.
         """
-        self.start_teacher_if_due()
-        losses = self.supervised_losses(batch.labeled)
+        step = Step(self.student, self.teacher, self.iteration - self.burn_in_iters, batch.labeled)
+        losses = self.supervised_losses(step)
         self.metrics = {}
         if self.uses_unlabeled:
             if batch.unlabeled is None:
@@ -153,11 +143,18 @@ class TeacherStudent(nn.Module):
                     "and needs unlabeled images, but the batch has none. "
                     "Set SSOD.UNSUP_LOSS_WEIGHT 0 to train on labeled images alone."
                 )
-            pseudo_labels = self.pseudo_labels(batch.unlabeled.weak)
-            losses |= self.unsupervised_losses(batch.unlabeled, pseudo_labels)
-            self.metrics = _describe(pseudo_labels) | self.pseudo_label_filter.metrics()
-        elif self.low_resolution is not None:
-            losses["loss_cls"] = losses["loss_cls"] + self.low_resolution.idle_loss()
+            if not self.teacher_started:
+                raise ValueError("the teacher has not started: call start_teacher_if_due before")
+            step.unlabeled = batch.unlabeled
+            step.detections = self.detect(batch.unlabeled.weak)
+            step.pseudo_labels = self.pseudo_label_filter(step.detections)
+            losses |= self.unsupervised_losses(step)
+            self.metrics = _describe(step.pseudo_labels) | self.pseudo_label_filter.metrics()
+        else:
+            for method in self.methods.values():
+                losses["loss_cls"] = losses["loss_cls"] + method.idle_loss()
+        for method in self.methods.values():
+            self.metrics |= method.metrics()
         return losses
 
     def after_step(self) -> None:
@@ -165,40 +162,44 @@ class TeacherStudent(nn.Module):
         self.iteration += 1
         if self.teacher_started:
             update_ema(self.teacher, self.student, self.ema_decay)
-        else:
-            self.start_teacher_if_due()
+
+    def start_teacher_if_due(self) -> bool:
+        """
+        Make the teacher a copy of the student if the burn-in is over and it is not one yet.
+
+        Returns:
+            Whether it started. What an optimizer keeps of the methods' parameters is of gradients
+            of zero then, and to be zeroed: Adam has counted them as steps with a variance of 0,
+            and would take steps that are too large for as long as it remembers.
+        """
+        # Also true when a run is resumed with a burn-in that was shortened to before its iteration.
+        if self.teacher_started or self.iteration < self.burn_in_iters:
+            return False
+        update_ema(self.teacher, self.student, decay=0.0)
+        for method in self.methods.values():
+            method.start(self.student, self.teacher)
+        self.teacher_started = True
+        return True
 
     @torch.no_grad()
-    def reset_branch_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """
-        Zero what an optimizer keeps of the second branch; call once the teacher has started.
-
-        The branch has had gradients of zero until then. Adam has counted them as steps with a
-        variance of zero, and would take steps that are too large for as long as it remembers.
-        """
-        if self.low_resolution is not None:
-            for parameter in self.low_resolution.parameters():
-                for value in optimizer.state.get(parameter, {}).values():
-                    if isinstance(value, Tensor):
-                        value.zero_()
+    def detect(self, images: list[Tensor]) -> list[Detections]:
+        """Return what the teacher finds in uint8 RGB (3, h, w) images, rescored by the methods."""
+        batch = self.teacher.preprocess(images)
+        return self.teacher.predict(self.teacher.features(batch), batch, self._rescore)
 
     @torch.no_grad()
     def pseudo_labels(self, images: list[Tensor]) -> list[PseudoLabels]:
         """Label uint8 RGB (3, h, w) images with the teacher and the filter, one item an image."""
-        batch = self.teacher.preprocess(images)
-        return self.pseudo_label_filter(self.teacher.predict(self.teacher.features(batch), batch))
+        return self.pseudo_label_filter(self.detect(images))
 
-    def start_teacher_if_due(self) -> None:
-        """Make the teacher a copy of the student if the burn-in is over and it is not one yet."""
-        # Also true when a run is resumed with a burn-in that was shortened to before its iteration.
-        if not self.teacher_started and self.iteration >= self.burn_in_iters:
-            update_ema(self.teacher, self.student, decay=0.0)
-            if self.low_resolution is not None:
-                self.low_resolution.start(self.student)
-            self.teacher_started = True
+    def _rescore(self, class_probs: Tensor, embeddings: Tensor) -> Tensor:
+        for method in self.methods.values():
+            class_probs = method.rescore(class_probs, embeddings)
+        return class_probs
 
-    def supervised_losses(self, labeled: Views) -> dict[str, Tensor]:
-        """Return the student's losses on the chosen views of labeled images."""
+    def supervised_losses(self, step: Step) -> dict[str, Tensor]:
+        """Return the student's losses on the chosen views of labeled images; fills the record."""
+        labeled = step.labeled
         views = {
             "both": labeled.strong + labeled.weak,
             "strong": labeled.strong,
@@ -206,40 +207,51 @@ class TeacherStudent(nn.Module):
         }[self.labeled_views]
         assert labeled.targets is not None, "labeled images come with targets"
         targets = labeled.targets * (len(views) // len(labeled))
-        batch = self.student.preprocess(views)
-        return self.student.losses(self.student.features(batch), batch, targets).losses
+        step.labeled_batch = self.student.preprocess(views)
+        step.labeled_features = self.student.features(step.labeled_batch)
+        step.labeled_output = self.student.losses(
+            step.labeled_features, step.labeled_batch, targets
+        )
+        for method in self.methods.values():
+            method.observe_labeled(step)
+        return dict(step.labeled_output.losses)
 
-    def unsupervised_losses(
-        self, unlabeled: Views, pseudo_labels: list[PseudoLabels]
-    ) -> dict[str, Tensor]:
-        """Return the student's weighted losses on strong views, named `*_unsup`."""
-        learned = pseudo_labels
+    def unsupervised_losses(self, step: Step) -> dict[str, Tensor]:
+        """Return the weighted losses on strong views, named `*_unsup`; fills the record."""
+        assert step.unlabeled is not None, "there are unlabeled images"
+        for method in self.methods.values():
+            step.unlabeled, step.pseudo_labels = method.mix(step.unlabeled, step.pseudo_labels)
+        learned = step.pseudo_labels
         if self.pseudo_label_filter.drops_undecided:
-            rows = kept_rows([p.reliable for p in pseudo_labels])
-            learned = [p[row] for p, row in zip(pseudo_labels, rows, strict=True)]
-        batch = self.student.preprocess(unlabeled.strong)
-        features = self.student.features(batch)
-        main = self.student.losses(features, batch, [p.to_targets() for p in learned])
+            rows = kept_rows([p.reliable for p in learned])
+            learned = [p[row] for p, row in zip(learned, rows, strict=True)]
+        step.batch = self.student.preprocess(step.unlabeled.strong)
+        step.features = self.student.features(step.batch)
+        step.main = self.student.losses(
+            step.features,
+            step.batch,
+            [p.to_targets() for p in learned],
+            partial(self._reweight, step) if self.methods else None,
+        )
         losses = {
             name: loss
-            for name, loss in main.losses.items()
+            for name, loss in step.main.losses.items()
             if self.unsup_box_losses or name not in BOX_LOSSES
         }
-        if self.low_resolution is not None:
-            losses |= self.low_resolution_losses(batch, features, main, pseudo_labels)
+        for name, method in self.methods.items():
+            added = self.method_losses(name, method, step)
+            assert not losses.keys() & added.keys(), f"{name} has losses of names that are taken"
+            losses |= added
         return {f"{name}_unsup": self.unsup_loss_weight * loss for name, loss in losses.items()}
 
-    def low_resolution_losses(
-        self,
-        batch: ImageBatch,
-        features: Features,
-        main: LossOutput,
-        pseudo_labels: list[PseudoLabels],
-    ) -> dict[str, Tensor]:
-        """Return the losses of the second branch; arguments as it takes them."""
-        assert self.low_resolution is not None, "there is no second branch"
-        iterations = self.iteration - self.burn_in_iters
-        return self.low_resolution(self.student, batch, features, main, pseudo_labels, iterations)
+    def _reweight(self, step: Step, samples: RegionSamples, regions: RegionOutput) -> RegionSamples:
+        for method in self.methods.values():
+            samples = method.reweight(step, samples, regions)
+        return samples
+
+    def method_losses(self, name: str, method: Method, step: Step) -> dict[str, Tensor]:
+        """Return the losses of one method; hosts may keep apart what their parts log in it."""
+        return method.losses(step)
 
 
 def _describe(pseudo_labels: list[PseudoLabels]) -> dict[str, Tensor]:

@@ -1,0 +1,130 @@
+"""
+What a method adds to the mean teacher: hooks, the record of a step, and the registry.
+
+Shape shorthand: N images, R regions of all images, K foreground classes (background is index K),
+D embedding size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from fvcore.common.registry import Registry
+from torch import Tensor, nn
+
+from ssod.core.interfaces import Features, LossOutput, RegionDetector
+from ssod.core.structures import (
+    Detections,
+    ImageBatch,
+    PseudoLabels,
+    RegionOutput,
+    RegionSamples,
+    Views,
+)
+
+METHOD_REGISTRY = Registry("METHOD")
+METHOD_REGISTRY.__doc__ = """
+Registry of `Method` classes, in the order in which their hooks are called.
+
+`SSOD.<group>.ENABLED` adds one to a training. The keyword arguments of its constructor are the
+other keys of the group, in lower case.
+"""
+
+
+@dataclass
+class Step:
+    """
+    What an iteration has computed so far; fields are filled from top to bottom.
+
+    Attributes:
+        student: in train mode.
+        teacher: in eval mode.
+        iterations: done since the end of the burn-in; below 0 during it.
+        labeled: views of labeled images, with targets.
+        labeled_batch: the views that are learned, of N images; "both" has the strong ones first.
+        labeled_features: the student's, of `labeled_batch`.
+        labeled_output: the student's losses of `labeled_batch`.
+        unlabeled: views of unlabeled images; None while the iteration uses none, like all below.
+        detections: the teacher's, in the weak views.
+        pseudo_labels: what the filter kept of them, undecided boxes included.
+        batch: the strong views, of N images.
+        features: the student's, of `batch`.
+        main: the main branch's losses of `batch`.
+        shared: what a method computes in one hook for another, under names of its own.
+    """
+
+    student: RegionDetector
+    teacher: RegionDetector
+    iterations: int
+    labeled: Views
+    labeled_batch: ImageBatch | None = None
+    labeled_features: Features = field(default_factory=dict)
+    labeled_output: LossOutput | None = None
+    unlabeled: Views | None = None
+    detections: list[Detections] = field(default_factory=list)
+    pseudo_labels: list[PseudoLabels] = field(default_factory=list)
+    batch: ImageBatch | None = None
+    features: Features = field(default_factory=dict)
+    main: LossOutput | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+class Method(nn.Module):
+    """
+    Base class: every hook does nothing; a method overrides those it needs.
+
+    State that changes in training lives in buffers and parameters. Parameters are trained with the
+    student's, and have gradients of 0 in iterations that do not use them.
+
+    Attributes:
+        group: of its keys, below `SSOD`.
+    """
+
+    group: ClassVar[str]
+
+    def start(self, student: RegionDetector, teacher: RegionDetector) -> None:
+        """Begin: the teacher has just become a copy of the student; nothing is learned yet."""
+
+    def observe_labeled(self, step: Step) -> None:
+        """Look at the labeled images of an iteration, also during the burn-in."""
+
+    def rescore(self, class_probs: Tensor, embeddings: Tensor) -> Tensor:
+        """
+        Change what the teacher says of the weak views' regions, before non-maximum suppression.
+
+        Args:
+            class_probs: (R, K + 1), R = 0 allowed.
+            embeddings: (R, D).
+
+        Returns:
+            (R, K + 1).
+        """
+        return class_probs
+
+    def mix(
+        self, views: Views, pseudo_labels: list[PseudoLabels]
+    ) -> tuple[Views, list[PseudoLabels]]:
+        """Change the unlabeled images and their pseudo-labels before the student sees them."""
+        return views, pseudo_labels
+
+    def reweight(self, step: Step, samples: RegionSamples, regions: RegionOutput) -> RegionSamples:
+        """Return the main branch's samples with other weights or targets; rows as they are."""
+        return samples
+
+    def losses(self, step: Step) -> dict[str, Tensor]:
+        """
+        Return scalars `loss_...` to add, before `SSOD.UNSUP_LOSS_WEIGHT` and the suffix `_unsup`.
+
+        With nothing to learn they are zeros connected to the graph.
+        """
+        return {}
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return 0-dim tensors that describe the state; no name has "loss" in it."""
+        return {}
+
+    def idle_loss(self) -> Tensor | float:
+        """Return a zero connected to every parameter, for iterations that do not use them."""
+        # `DistributedDataParallel` wants a gradient of each.
+        return sum(0.0 * parameter.sum() for parameter in self.parameters())

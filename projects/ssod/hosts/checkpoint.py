@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import pickle
+import re
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -14,6 +16,8 @@ from ssod.core.teacher_student import TeacherStudent
 from ssod.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+Which = Literal["teacher", "student"]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -74,22 +78,113 @@ def load_teacher_student(model: TeacherStudent, state: dict[str, Any], path: str
     """
     Load the model of a run that is to be continued.
 
-    If the checkpoint has another pseudo-label filter or second branch, the model's own starts anew,
-    with one line logged. So filters can be exchanged during a run, and a run is evaluated without
-    its branch; whether it can be trained without, or with another one, is up to the optimizer.
+    Where the checkpoint has another pseudo-label filter or other methods, the model's own start
+    anew, with one line logged. So filters can be exchanged during a run, and a run is evaluated
+    without its methods; whether it can be trained without, or with others, is up to the optimizer.
 
     Raises:
         InputError: as `load_matching`.
     """
-    parts = {"pseudo_label_filter": "pseudo-label filter", "low_resolution": "second branch"}
-    for part, title in parts.items():
-        own = {name: v for name, v in model.state_dict().items() if name.startswith(f"{part}.")}
-        saved = {name: v for name, v in state.items() if name.startswith(f"{part}.")}
-        if {n: v.shape for n, v in own.items()} != {n: v.shape for n, v in saved.items()}:
-            what = "the one set starts anew" if own else "it is left out"
+    # The first versions had the one method that there was in a place of its own.
+    state = {re.sub(r"^low_resolution\.", "methods.LSM.", name): v for name, v in state.items()}
+    own, saved = _by_part(model.state_dict()), _by_part(state)
+    for part in sorted(own.keys() | saved.keys() - {""}):
+        if part and _shapes(own.get(part)) != _shapes(saved.get(part)):
+            what = "the one set starts anew" if part in own else "it is left out"
+            title = part.replace("_label_", "-label ").replace("methods.", "method ")
             logger.info("%s: it has another %s; %s", path, title, what)
-            state = {name: v for name, v in state.items() if name not in saved} | own
-    load_matching(model, state, path)
+            saved[part] = own.get(part, {})
+    load_matching(model, {n: v for part in saved.values() for n, v in part.items()}, path)
+
+
+def _by_part(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Divide a state dict into the filter, each method, and the rest, whose name is ""."""
+    parts: dict[str, dict[str, Any]] = defaultdict(dict)
+    for name, value in state.items():
+        found = re.match(r"(pseudo_label_filter|methods\.[^.]+)\.", name)
+        parts[found[1] if found else ""][name] = value
+    return parts
+
+
+def _shapes(state: dict[str, Any] | None) -> dict[str, Any]:
+    return {name: value.shape for name, value in (state or {}).items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: object) -> None:
+    """
+    Load the state of a run's optimizer, but for learning rate, momentum and weight decay.
+
+    Those are of the config, which may have been changed for what is left of the training.
+
+    Args:
+        optimizer: the run's.
+        state: `optimizer` and `optimizer_name` of a checkpoint.
+        source: what errors call the checkpoint.
+
+    Raises:
+        InputError: for the state of another optimizer, or for other parameters.
+    """
+    name, groups = type(optimizer).__name__, [dict(group) for group in optimizer.param_groups]
+    try:
+        # Loading another optimizer's state succeeds; its first step would fail.
+        if state.get("optimizer_name") != name:
+            raise ValueError(f"it is {state.get('optimizer_name')}, SSOD.OPTIMIZER asks for {name}")
+        optimizer.load_state_dict(state["optimizer"])
+    except ValueError as error:
+        raise InputError(
+            f"{source}: its optimizer does not fit: {error}; set SSOD.OPTIMIZER and the "
+            "methods as they were"
+        ) from error
+    for loaded, group in zip(optimizer.param_groups, groups, strict=True):
+        loaded.clear()  # of what a scheduler has left there, too
+        loaded.update(group)
+
+
+def detector_state(state: dict[str, Any], which: Which | None = None) -> dict[str, Any]:
+    """
+    Return the state dict of one of the two detectors in that of a `TeacherStudent`.
+
+    Args:
+        state: also of anything else, which is returned as it is.
+        which: None for the teacher if it has started, otherwise the student.
+    """
+    if "_extra_state" not in state:
+        return state
+    if which is None:
+        which = "teacher" if state["_extra_state"].tolist()[1] else "student"
+    prefix = f"{which}."
+    return {name[len(prefix) :]: v for name, v in state.items() if name.startswith(prefix)}
+
+
+def load_detector(detector: nn.Module, state: dict[str, Any], path: str | Path) -> None:
+    """
+    Load a detector of the host's; a box predictor for other classes keeps its initial weights.
+
+    Raises:
+        InputError: as `load_matching`; every other weight must match.
+    """
+    own, predictor = detector.state_dict(), "roi_heads.box_predictor."
+    heads = [name for name in own if name.startswith(f"{predictor}cls_score.")]
+    if any(name in state and state[name].shape[:1] != own[name].shape[:1] for name in heads):
+        logger.info("%s: box predictor is for other classes and starts anew", path)
+        state = {name: v for name, v in state.items() if not name.startswith(predictor)}
+        state |= {name: v for name, v in own.items() if name.startswith(predictor)}
+    load_matching(detector, _with_counters(detector, state), path)
+
+
+def load_backbone(backbone: nn.Module, state: dict[str, Any], path: str | Path) -> None:
+    """
+    Load the weights of a backbone alone.
+
+    Raises:
+        InputError: as `load_matching`.
+    """
+    load_matching(backbone, _with_counters(backbone, state), path)
+
+
+def is_run_checkpoint(path: str | Path) -> bool:
+    """Return whether a file holds student and teacher, rather than weights of one detector."""
+    return Path(path).suffix == ".pth" and "_extra_state" in read_checkpoint(path).get("model", {})
 
 
 def read_run(path: str | Path) -> dict[str, Any]:
@@ -118,7 +213,7 @@ def load_run(model: TeacherStudent, path: str | Path) -> dict[str, Any]:
     return state
 
 
-def with_counters(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+def _with_counters(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Add or drop the batch counters of BN, which frozen norms do not have and nothing needs."""
     suffix = "num_batches_tracked"
     own = {name: v for name, v in module.state_dict().items() if name.endswith(suffix)}

@@ -84,17 +84,6 @@ def monitor_pseudo_labels(
     return metrics | ({"pseudo/class_kl": quality.class_kl} if quality.num_per_image else {})
 
 
-def divide_sums(metrics: dict[str, float]) -> dict[str, float]:
-    """Replace the sums an image of `TeacherStudent`, averaged, by the mean score and weight."""
-    divided = dict(metrics)
-    count = metrics.get("pseudo/num_per_image")
-    for name in ("score", "weight"):
-        total = divided.pop(f"pseudo/{name}_per_image", None)
-        if count:
-            divided[f"pseudo/mean_{name}"] = total / count
-    return divided
-
-
 class WeightAlarm:
     """
     Warns once when no pseudo-label is kept for long, or when their weights say nothing.
@@ -119,7 +108,7 @@ class WeightAlarm:
         self._warned = False
 
     def update(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Look at a line of metrics, as `divide_sums` returns it; the burn-in says nothing."""
+        """Look at what `MetricWindow.read` returns; the burn-in says nothing."""
         if "pseudo/num_per_image" not in metrics or self._warned:
             return
         self._since = iteration if self._since is None else self._since

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from fvcore.common.config import CfgNode
 
-from ssod.core.adaptive_threshold import AdaptiveClassThreshold
 from ssod.core.distributed import all_gather, get_rank, get_world_size
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import RunData
@@ -32,23 +31,20 @@ def tell_labels(model: TeacherStudent, data: RunData) -> None:
 
 def sweep_if_due(model: TeacherStudent, data: RunData, cfg: CfgNode, device: torch.device) -> None:
     """
-    Let the teacher label a sample of unlabeled images, for a filter whose source is "sweep".
+    Let the teacher label a sample of unlabeled images, if the filter asks for one.
 
-    Due at the first iteration that uses unlabeled images and every `SSOD.FILTER.REFRESH_PERIOD`
-    after the burn-in; every rank must call this before each iteration. The sample depends on seed
-    and iteration alone and is divided among the ranks, so a run that is resumed at a sweep makes
-    the same one. Files that cannot be decoded are left out.
+    Every rank must call this before each iteration, once the teacher has started. The sample
+    depends on seed and iteration alone and is divided among the ranks, so a run that is resumed
+    at a sweep makes the same one. Files that cannot be decoded are left out.
     """
-    adaptive = model.pseudo_label_filter
-    if not (isinstance(adaptive, AdaptiveClassThreshold) and adaptive.source == "sweep"):
+    if not model.uses_unlabeled:
         return
-    done = model.iteration - model.burn_in_iters
-    if not model.uses_unlabeled or (adaptive.has_thresholds and done % adaptive.refresh_period):
+    size = model.pseudo_label_filter.sweep_request(model.iteration - model.burn_in_iters)
+    if size is None:
         return
-    model.start_teacher_if_due()
     unlabeled = data.unlabeled
     rng = np.random.default_rng((cfg.SEED, model.iteration))
-    sample = rng.permutation(len(unlabeled))[: adaptive.sweep_images]
+    sample = rng.permutation(len(unlabeled))[:size]
     mine = [unlabeled.image_ids[i] for i in sample[get_rank() :: get_world_size()]]
     # As long on every rank; empty places are of class K, the background, and not counted.
     places = -(-len(sample) // get_world_size()) * cfg.TEST.DETECTIONS_PER_IMAGE
@@ -72,5 +68,5 @@ def sweep_if_due(model: TeacherStudent, data: RunData, cfg: CfgNode, device: tor
     blocks = all_gather(block)
     num_images = int(blocks[:, -1, 0].sum())
     scores, classes = blocks[:, :-1].flatten(0, 1).unbind(1)
-    adaptive.set_thresholds_from(scores, classes.long(), num_images)
+    model.pseudo_label_filter.set_thresholds_from(scores, classes.long(), num_images)
     logger.info("iteration %d: thresholds from %d images", model.iteration, num_images)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 from detectron2.config import CfgNode, get_cfg
@@ -11,8 +10,7 @@ from detectron2.modeling import build_model
 
 from ssod.errors import InputError
 from ssod.files import replacing
-from ssod.hosts.checkpoint import load_matching, read_run
-from ssod.hosts.detectron2.weights import detector_state
+from ssod.hosts.checkpoint import Which, detector_state, load_matching, read_run
 
 CANONICAL_BOX_SIZE = 224  # of Detectron2's pooler
 WEIGHTS_NAME, CONFIG_NAME = "model.pth", "config.yaml"
@@ -48,7 +46,7 @@ def export_detector(
     cfg: CfgNode,
     checkpoint_path: str | Path,
     output_dir: str | Path,
-    which: Literal["teacher", "student"] = "teacher",
+    which: Which = "teacher",
 ) -> None:
     """
     Write `model.pth` and `config.yaml`, which Detectron2 loads without this project.
@@ -82,7 +80,7 @@ def export_detector(
         raise InputError(f"{output}: cannot be written ({error}); choose another folder") from error
 
 
-def _read_detector(path: str | Path, which: Literal["teacher", "student"]) -> dict:
+def _read_detector(path: str | Path, which: Which) -> dict:
     state = read_run(path)["model"]
     iteration, teacher_started = state["_extra_state"].tolist()
     if which == "teacher" and not teacher_started:

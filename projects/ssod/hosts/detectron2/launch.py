@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import BufferingHandler
 from typing import Any
 
 import torch
@@ -24,7 +28,9 @@ from ssod.core.distributed import get_rank, get_world_size
 from ssod.errors import InputError
 from ssod.evaluation.report import format_table
 from ssod.hosts.detectron2.defaults import get_config, scale_to_world_size
-from ssod.hosts.detectron2.run import Run, find_checkpoint, is_run_checkpoint
+from ssod.hosts.detectron2.run import Run, find_checkpoint
+from ssod.hosts.detectron2.weights import local_path
+from ssod.hosts.run import choose_checkpoint
 
 INPUT_ERROR = 2  # exit status of a process that has told what is wrong with its input
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -99,6 +105,29 @@ def _work(args: argparse.Namespace) -> None:
         sys.exit(INPUT_ERROR)
 
 
+@contextmanager
+def _early_records() -> Iterator[list[logging.LogRecord]]:
+    """Show what is said before there is a folder for the log, on the main rank, and keep it."""
+    own = setup_logger(distributed_rank=get_rank(), name="ssod")
+    early = BufferingHandler(sys.maxsize)
+    own.addHandler(early)
+    try:
+        yield early.buffer
+    finally:
+        own.removeHandler(early)
+
+
+def _start_log(cfg: CfgNode, args: argparse.Namespace, early: list[logging.LogRecord]) -> None:
+    """Write the config and the log of the run into its folder, what was said before included."""
+    default_setup(cfg, args)
+    own = setup_logger(cfg.OUTPUT_DIR, get_rank(), name="ssod", configure_stdout=False)
+    folder = os.path.join(cfg.OUTPUT_DIR, "")
+    for handler in own.handlers:
+        if str(getattr(getattr(handler, "stream", None), "name", "")).startswith(folder):
+            for record in early:
+                handler.handle(record)
+
+
 def leave_process_group() -> None:
     """Wait for all ranks and end the process group, if there is one; the last call of a program."""
     # A process that exits with a group may be aborted by the threads of its backend.
@@ -111,15 +140,15 @@ def main(args: argparse.Namespace) -> None:
     """Train or evaluate in this process, and print the results on the main one."""
     cfg = merge_config(get_config(), args.config_file, args.opts)
     cfg = scale_to_world_size(cfg, get_world_size())
-    checkpoint = _choose_checkpoint(cfg, args)
+    checkpoint = choose_checkpoint(cfg, find_checkpoint(cfg.OUTPUT_DIR), args, fetch=local_path)
     cfg.freeze()
-    run = Run(cfg, checkpoint, for_training=not args.eval_only)
+    with _early_records() as early:
+        run = Run(cfg, checkpoint, for_training=not args.eval_only)
     if args.eval_only:
         results = run.evaluate()
     else:
         # After the checks: it writes the config into a folder that may be of an earlier run.
-        default_setup(cfg, args)
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=get_rank(), name="ssod")
+        _start_log(cfg, args, early)
         results = run.train()
     if not comm.is_main_process():
         return
@@ -130,27 +159,6 @@ def main(args: argparse.Namespace) -> None:
     if results:
         print(format_results(results))
         verify_results(cfg, results)
-
-
-def _choose_checkpoint(cfg: CfgNode, args: argparse.Namespace) -> str:
-    """Return the checkpoint of a run to continue or evaluate, "" to start from MODEL.WEIGHTS."""
-    last = find_checkpoint(cfg.OUTPUT_DIR)
-    if not args.eval_only:
-        if last and not args.resume:
-            raise InputError(
-                f"{last} is of an earlier run; continue it with --resume, or choose another "
-                "OUTPUT_DIR"
-            )
-        return last
-    # Recipes name weights to start from, so only those of the command line are meant.
-    if "MODEL.WEIGHTS" in args.opts[::2] and not args.resume:
-        return cfg.MODEL.WEIGHTS if is_run_checkpoint(cfg.MODEL.WEIGHTS) else ""
-    if not last:
-        raise InputError(
-            f"--eval-only found no checkpoint in {cfg.OUTPUT_DIR}; set OUTPUT_DIR to that of a "
-            "run, or add MODEL.WEIGHTS FILE"
-        )
-    return last
 
 
 def format_results(results: dict[str, Any]) -> str:

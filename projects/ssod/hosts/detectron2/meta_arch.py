@@ -10,8 +10,10 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
-from ssod.core.structures import PseudoLabels, TwoStreamBatch, Views
-from ssod.core.teacher_student import TeacherStudent, arguments_from_config
+from ssod.core.method import Method, Step
+from ssod.core.structures import TwoStreamBatch
+from ssod.core.teacher_student import TeacherStudent
+from ssod.hosts.build import teacher_student_arguments
 from ssod.hosts.detectron2.adapter import Detectron2RCNN
 
 
@@ -38,12 +40,12 @@ class TeacherStudentRCNN(TeacherStudent):
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Build the student of the config's keys, and read `SSOD.*`."""
         student = Detectron2RCNN(cfg)
-        arguments = arguments_from_config(cfg, student)
+        arguments = teacher_student_arguments(cfg, student)
         return arguments | {"student": student, "eval_model": cfg.SSOD.EVAL_MODEL}
 
     @property
     def device(self) -> torch.device:
-        """Of the parameters."""
+        """Where the parameters are."""
         return self.student.device
 
     @property
@@ -60,14 +62,12 @@ class TeacherStudentRCNN(TeacherStudent):
             return self.detector(batch)
         return super().forward(batch.to(self.device, non_blocking=True))
 
-    def unsupervised_losses(
-        self, unlabeled: Views, pseudo_labels: list[PseudoLabels]
-    ) -> dict[str, Tensor]:
+    def unsupervised_losses(self, step: Step) -> dict[str, Tensor]:
         """Log what Detectron2's parts count under `unsup/`, apart from the labeled images."""
         with get_event_storage().name_scope("unsup"):
-            return super().unsupervised_losses(unlabeled, pseudo_labels)
+            return super().unsupervised_losses(step)
 
-    def low_resolution_losses(self, *args: Any) -> dict[str, Tensor]:
-        """Log the second branch's counts under `unsup_low_res/`, apart from the main branch's."""
-        with get_event_storage().name_scope("unsup_low_res"):
-            return super().low_resolution_losses(*args)
+    def method_losses(self, name: str, method: Method, step: Step) -> dict[str, Tensor]:
+        """Log what they count in a method under `unsup_NAME/`, apart from the main branch's."""
+        with get_event_storage().name_scope(f"unsup_{name.lower()}"):
+            return super().method_losses(name, method, step)

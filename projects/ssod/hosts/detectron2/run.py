@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +18,31 @@ from detectron2.engine import create_ddp_model, default_writers, hooks
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.modeling import build_model
-from detectron2.solver import build_lr_scheduler
+from detectron2.solver import build_lr_scheduler, get_default_optimizer_params
 from detectron2.utils import comm
 from torch import nn
 
 from ssod.core.distributed import get_rank, get_world_size
 from ssod.data.build import RunData, build_train_loader
-from ssod.data.datasets import DetectionDataset
-from ssod.data.loader import FailedImages
 from ssod.errors import InputError
 from ssod.files import replacing
-from ssod.hosts.checkpoint import load_teacher_student, read_checkpoint
+from ssod.hosts.checkpoint import read_checkpoint
 from ssod.hosts.detectron2.catalog import load_run_data
 from ssod.hosts.detectron2.defaults import check_config
 from ssod.hosts.detectron2.evaluators import evaluate, test_dataset_names
 from ssod.hosts.detectron2.hooks import (
     BEST_CHECKPOINT,
-    BestCheckpointer,
-    EvalHook,
-    PeriodicCheckpointer,
+    EvalAfterStepHook,
+    KeepingPeriodicCheckpointer,
+    ResumedBestCheckpointer,
 )
 from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
-from ssod.hosts.detectron2.solver import build_clipper, build_optimizer
 from ssod.hosts.detectron2.trainer import TeacherStudentTrainer
 from ssod.hosts.detectron2.weights import load_weights, local_path
 from ssod.hosts.metric_log import LOG_NAME, read_metrics, truncate_metrics
-from ssod.hosts.monitor import choose_monitored, monitor_pseudo_labels
-from ssod.hosts.sweep import sweep_if_due, tell_labels
+from ssod.hosts.optimizer import build_optimizer
+from ssod.hosts.run import BaseRun, check_parts
+from ssod.hosts.step import TrainingStep
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +79,6 @@ def find_checkpoint(output_dir: str) -> str:
     return Checkpointer(nn.Module(), output_dir).get_checkpoint_file()
 
 
-def is_run_checkpoint(path: str) -> bool:
-    """Whether a file holds student and teacher, rather than the weights of one detector."""
-    path = local_path(path)
-    return path.endswith(".pth") and "_extra_state" in read_checkpoint(path).get("model", {})
-
-
 def _check_same_world(cfg: CfgNode, saved: str, checkpoint: str) -> None:
     """Refuse to continue a schedule that was scaled to another number of processes."""
     before = yaml.safe_load(saved)["SOLVER"]["REFERENCE_WORLD_SIZE"]
@@ -109,20 +101,6 @@ def build_checked(function: Callable[..., Any], cfg: CfgNode, *args: Any) -> Any
         raise InputError(f"the config does not fit Detectron2: {reason}") from error
 
 
-def _check_accumulation(cfg: CfgNode) -> None:
-    for key, batch in (
-        ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
-        ("SSOD.DATA.UNLABELED_PER_BATCH", cfg.SSOD.DATA.UNLABELED_PER_BATCH),
-    ):
-        parts = cfg.SSOD.ACCUMULATE_STEPS * get_world_size()
-        if batch % parts:
-            raise InputError(
-                f"{key} must be a multiple of the number of processes times "
-                f"SSOD.ACCUMULATE_STEPS, {get_world_size()} x {cfg.SSOD.ACCUMULATE_STEPS}, "
-                f"got {batch}"
-            )
-
-
 def _synchronize_norms(model: TeacherStudentRCNN) -> TeacherStudentRCNN:
     """Let trainable BN see all ranks: their buffers are not broadcast, so teachers would differ."""
     own = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -137,6 +115,34 @@ def _synchronize_norms(model: TeacherStudentRCNN) -> TeacherStudentRCNN:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
+def _build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Build `SSOD.OPTIMIZER` over what is trainable, in Detectron2's parameter groups."""
+    solver = cfg.SOLVER
+    groups = get_default_optimizer_params(
+        model,
+        base_lr=solver.BASE_LR,
+        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+        bias_lr_factor=solver.BIAS_LR_FACTOR,
+        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+    )
+    return build_optimizer(cfg, groups, nesterov=solver.NESTEROV)
+
+
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """`TrainerBase.train` logs a traceback of whatever ends it; not of input errors here."""
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], InputError))
+
+    host_logger = logging.getLogger("detectron2.engine.train_loop")
+    host_logger.addFilter(is_wanted)
+    try:
+        yield
+    finally:
+        host_logger.removeFilter(is_wanted)
+
+
 def _main_metric(names: Sequence[str]) -> str:
     """Name of the metric that decides which checkpoint is the best."""
     is_voc = MetadataCatalog.get(names[0]).get("evaluator_type") == "pascal_voc"
@@ -144,44 +150,49 @@ def _main_metric(names: Sequence[str]) -> str:
     return metric if len(names) == 1 else f"{names[0]}/{metric}"
 
 
-class Run:
+class Run(BaseRun):
     """
-    One run; every rank makes its own.
+    Data, model, trainer, hooks and checkpoints; see `BaseRun`.
 
-    Args:
-        cfg: from `ssod.hosts.detectron2.defaults.get_config`, merged, scaled to the number of
-            processes and final.
-        checkpoint: file of a run to continue or evaluate; "" to start from `MODEL.WEIGHTS`.
-        for_training: False for evaluation alone, which needs no training images.
+    Not a `DefaultTrainer`: that builds loaders of dictionaries, an optimizer of its own clipping,
+    and hooks whose evaluation is logged at an iteration that does not exist.
 
-    Raises:
-        InputError: for anything in the config, the data or the checkpoint that cannot be used,
-            before training starts.
+    Attributes:
+        trainer: for Detectron2's hooks; only of a run that trains.
+        step: what the trainer does in an iteration.
     """
 
-    def __init__(self, cfg: CfgNode, checkpoint: str = "", for_training: bool = True):
+    def __init__(self, cfg: CfgNode, checkpoint: str | Path = "", for_training: bool = True):
         check_config(cfg)
         if for_training:
-            _check_accumulation(cfg)
-        self.cfg = cfg
-        self.output = Path(cfg.OUTPUT_DIR)
-        self.data: RunData | None = load_run_data(cfg) if for_training else None
-        torch.manual_seed(cfg.SEED)
-        self.model: TeacherStudentRCNN = _synchronize_norms(build_checked(build_model, cfg))
-        self.device = self.model.device
+            check_parts(cfg, get_world_size())
+        super().__init__(cfg, checkpoint and local_path(str(checkpoint)), for_training)
         self._results: dict[str, Any] = {}
-        self._state: dict[str, Any] = {}
-        if checkpoint:
-            checkpoint = local_path(checkpoint)
-            self._state = read_checkpoint(checkpoint)
-            if not {"model", "trainer", "config"} <= self._state.keys():
-                raise InputError(f"{checkpoint}: not a checkpoint of a run; it cannot be continued")
-            if for_training:
-                _check_same_world(cfg, self._state["config"], checkpoint)
-            load_teacher_student(self.model, self._state["model"], checkpoint)
-            logger.info("%s is at iteration %d", checkpoint, self.model.iteration)
-        elif cfg.MODEL.WEIGHTS:
-            load_weights(self.model, cfg.MODEL.WEIGHTS)
+        if for_training:
+            self.trainer = self._build_trainer()
+            self.step = self.trainer.step
+            if self._state:
+                _check_same_world(cfg, self._state["config"], str(checkpoint))
+                self.step.load_state_dict(self._state["trainer"], checkpoint)
+                self._state = {}
+
+    def _load_data(self) -> RunData:
+        return load_run_data(self.cfg)
+
+    def _build_model(self) -> TeacherStudentRCNN:
+        return _synchronize_norms(build_checked(build_model, self.cfg))
+
+    def _load_weights(self, path: str) -> None:
+        load_weights(self.model.student, path)
+
+    def _read_checkpoint(self, path: str | Path) -> dict[str, Any]:
+        state = read_checkpoint(path)
+        if not {"model", "trainer", "config"} <= state.keys():
+            raise InputError(f"{path}: not a checkpoint of a run; it cannot be continued")
+        return state
+
+    def _measure(self) -> dict[str, Any]:
+        return evaluate(self.model, self.cfg, self.cfg.OUTPUT_DIR)
 
     def train(self, extra_hooks: Sequence[hooks.HookBase] = ()) -> dict[str, Any]:
         """
@@ -203,21 +214,17 @@ class Run:
         if comm.is_main_process():  # before the writers open the file
             # Detectron2 logs the iteration that has just begun, counted from 0.
             truncate_metrics(self.output, start_iter - 1)
-        tell_labels(self.model, self.data)
-        trainer = self._build_trainer()
-        trainer.register_hooks([*self._build_hooks(trainer), *extra_hooks])
-        if self._state:
-            trainer.load_state_dict(self._state["trainer"])
-            self._state = {}
         if start_iter >= max_iter:
             return self._evaluate_again()
-        trainer.train(start_iter, max_iter)
+        self.trainer.register_hooks([*self._build_hooks(), *extra_hooks])
+        with _errors_in_one_line():
+            self.trainer.train(start_iter, max_iter)
         return self._results
 
     def _evaluate_again(self) -> dict[str, Any]:
         """Evaluate a finished run, which may have been stopped before its last evaluation."""
         results = self.evaluate()
-        last = self.cfg.SOLVER.MAX_ITER - 1
+        last = self.model.iteration - 1
         lines = [line for line in read_metrics(self.output) if line["iteration"] == last]
         flat = flatten_results_dict(results)
         if flat and not any(line.keys() >= flat.keys() for line in lines):
@@ -230,23 +237,20 @@ class Run:
         Measure the student and, once it has started, the teacher; every rank must call it.
 
         Returns:
-            `bbox/AP` and so on of the model of `SSOD.EVAL_MODEL`, nested as Detectron2 does, the
-            same of `student` and `teacher`, and in a training `pseudo/precision` and so on where
-            hidden truth is known.
+            as `BaseRun`, nested as Detectron2 does: `bbox`, `AP` and so on of the model of
+            `SSOD.EVAL_MODEL`, and the same under `student` and `teacher`.
         """
-        results = evaluate(self.model, self.cfg, self.cfg.OUTPUT_DIR)
-        if self.data is not None and comm.is_main_process():
-            results |= monitor_pseudo_labels(self.model, self._monitored, self.cfg, self.device)
-        self._results = results
-        return results
-
-    @cached_property
-    def _monitored(self) -> DetectionDataset | None:
-        return choose_monitored(self.data.hidden_truth)
+        self._results = super().evaluate()
+        return self._results
 
     def _build_trainer(self) -> TeacherStudentTrainer:
         cfg, is_cuda = self.cfg, self.device.type == "cuda"
-        optimizer = build_optimizer(cfg, self.model)
+        model = create_ddp_model(
+            self.model,
+            broadcast_buffers=False,
+            device_ids=[comm.get_local_rank()] if is_cuda else None,
+        )
+        step = TrainingStep(cfg, model, _build_optimizer(cfg, self.model), self.data)
         loader = build_train_loader(
             cfg,
             self.data,
@@ -255,26 +259,11 @@ class Run:
             world_size=get_world_size(),
             pin_memory=is_cuda,
         )
-        return TeacherStudentTrainer(
-            create_ddp_model(
-                self.model,
-                broadcast_buffers=False,
-                device_ids=[comm.get_local_rank()] if is_cuda else None,
-            ),
-            loader,
-            optimizer,
-            seed=cfg.SEED,
-            log_period=cfg.SSOD.LOG_PERIOD,
-            max_skipped_steps=cfg.SSOD.MAX_SKIPPED_STEPS,
-            failed=FailedImages(cfg.SSOD.DATA.MAX_FAILED_SHARE),
-            amp_dtype=getattr(torch, cfg.SSOD.AMP_DTYPE) if cfg.SOLVER.AMP.ENABLED else None,
-            accumulate_steps=cfg.SSOD.ACCUMULATE_STEPS,
-            clipper=build_clipper(cfg),
-        )
+        return TeacherStudentTrainer(model, loader, step)
 
-    def _build_hooks(self, trainer: TeacherStudentTrainer) -> list[hooks.HookBase]:
+    def _build_hooks(self) -> list[hooks.HookBase]:
         """Detectron2's hooks, in its order: save, then evaluate, then write."""
-        cfg = self.cfg
+        cfg, trainer = self.cfg, self.trainer
         names = test_dataset_names(cfg)
         saved = {"config": cfg.dump(), "categories": self.data.labeled.categories}
         checkpointer = Checkpointer(self.model, cfg.OUTPUT_DIR, trainer=trainer, constants=saved)
@@ -283,18 +272,16 @@ class Run:
         scheduler.last_epoch = self.model.iteration
         for group, lr in zip(trainer.optimizer.param_groups, scheduler.get_lr(), strict=True):
             group["lr"] = lr
-        sweep = hooks.CallbackHook(
-            before_step=lambda _: sweep_if_due(self.model, self.data, cfg, self.device)
-        )
-        found = [sweep, hooks.IterationTimer(), hooks.LRScheduler(scheduler=scheduler)]
+        prepare = hooks.CallbackHook(before_step=lambda _: trainer.step.prepare())
+        found = [prepare, hooks.IterationTimer(), hooks.LRScheduler(scheduler=scheduler)]
         if comm.is_main_process():
             period, keep = cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SSOD.CHECKPOINTS_TO_KEEP
-            found.append(PeriodicCheckpointer(checkpointer, period, max_to_keep=keep))
+            found.append(KeepingPeriodicCheckpointer(checkpointer, period, max_to_keep=keep))
         if names:
-            found.append(EvalHook(cfg.TEST.EVAL_PERIOD, self.evaluate))
+            found.append(EvalAfterStepHook(cfg.TEST.EVAL_PERIOD, self.evaluate))
         if comm.is_main_process():
             if names:
-                found.append(BestCheckpointer(checkpointer, _main_metric(names)))
+                found.append(ResumedBestCheckpointer(checkpointer, _main_metric(names)))
             writers = default_writers(cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER)
             found.append(hooks.PeriodicWriter(writers, cfg.SSOD.LOG_PERIOD))
         return found

@@ -13,7 +13,7 @@ import pickle
 import re
 from collections import OrderedDict
 from http.client import HTTPException
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -22,10 +22,8 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
-from ssod.core.ema import update_ema
 from ssod.errors import InputError
-from ssod.hosts.checkpoint import load_matching, read_checkpoint, with_counters
-from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
+from ssod.hosts.checkpoint import detector_state, load_backbone, load_detector, read_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +45,6 @@ for _core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
     _ALLOWED[f"{_core}.multiarray", "scalar"] = _SCALAR
     _ALLOWED[f"{_core}.numeric", "_frombuffer"] = _FROM_BUFFER
 
-_PREDICTOR = "roi_heads.box_predictor."
 # In older checkpoints; the config gives them.
 _FROM_CONFIG = re.compile(r"pixel_mean$|pixel_std$|.*anchor_generator\.cell_anchors")
 # Of ImageNet: converted from torchvision or MoCo, Detectron2's ResNet, Caffe2 (renamed).
@@ -56,9 +53,9 @@ _IMAGENET_HEAD = re.compile(r"(stem\.)?fc\.|linear\.|fc1000\.")
 _CONV_BIAS = re.compile(r"(.*\.)?(conv\d|shortcut)\.bias$")
 
 
-def load_weights(model: TeacherStudentRCNN, path: str) -> None:
+def load_weights(student: nn.Module, path: str) -> None:
     """
-    Fill the student, then copy it into the teacher, which has not started.
+    Fill the student.
 
     What a file is for is told by its content:
 
@@ -69,7 +66,7 @@ def load_weights(model: TeacherStudentRCNN, path: str) -> None:
       the FPN. Its classification layer is left out.
 
     Args:
-        model: has its initial weights.
+        student: has its initial weights.
         path: file, or URL that Detectron2's `PathManager` knows (`detectron2://`, `https://`).
 
     Raises:
@@ -80,21 +77,13 @@ def load_weights(model: TeacherStudentRCNN, path: str) -> None:
     content = _read_content(path)
     weights = content.get("model", content.get("blobs", content))
     state = _to_tensors(weights, path)
-    if "_extra_state" in state:  # of `TeacherStudent`
-        _, teacher_started = state["_extra_state"].tolist()
-        state = detector_state(state, "teacher" if teacher_started else "student")
+    state = detector_state(state)
     if any(name.startswith("backbone.") for name in state):
-        _load_detector(model.student, state, path)
+        state = {name: value for name, value in state.items() if not _FROM_CONFIG.match(name)}
+        load_detector(student, state, path)
     else:
         # Into the backbone alone: names are exact there, and no head can match by accident.
-        _load_backbone(model.student.backbone.bottom_up, state, path)
-    update_ema(model.teacher, model.student, decay=0.0)
-
-
-def detector_state(state: State, which: Literal["teacher", "student"]) -> State:
-    """Return the state dict of one of the two detectors in that of a `TeacherStudentRCNN`."""
-    prefix = f"{which}."
-    return {name[len(prefix) :]: v for name, v in state.items() if name.startswith(prefix)}
+        _load_backbone(student.backbone.bottom_up, state, path)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -180,17 +169,6 @@ def _to_tensors(weights: Any, path: str) -> State:
     return state
 
 
-def _load_detector(detector: nn.Module, state: State, path: str) -> None:
-    own = detector.state_dict()
-    state = {name: value for name, value in state.items() if not _FROM_CONFIG.match(name)}
-    scores = f"{_PREDICTOR}cls_score.weight"
-    if scores in state and state[scores].shape[:1] != own[scores].shape[:1]:
-        logger.info("%s: box predictor is for other classes and starts anew", path)
-        state = {name: v for name, v in state.items() if not name.startswith(_PREDICTOR)}
-        state |= {name: v for name, v in own.items() if name.startswith(_PREDICTOR)}
-    load_matching(detector, with_counters(detector, state), path)
-
-
 def _load_backbone(backbone: nn.Module, state: State, path: str) -> None:
     own = backbone.state_dict()
     # Caffe2 has underscores where PyTorch has dots.
@@ -211,7 +189,7 @@ def _load_backbone(backbone: nn.Module, state: State, path: str) -> None:
     if folded_norms and not any(name.endswith("running_var") for name in state):
         state |= _identity_statistics(backbone, path)
     try:
-        load_matching(backbone, with_counters(backbone, state), path)
+        load_backbone(backbone, state, path)
     except InputError as error:
         raise InputError(f"{error} For a backbone these are the keys MODEL.RESNETS.*.") from error
 

@@ -1,4 +1,4 @@
-"""From a config to a model and its device."""
+"""From a config to a model and its optimizer."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
-from ssod.core.teacher_student import TeacherStudent, arguments_from_config
+from ssod.core.teacher_student import TeacherStudent
 from ssod.errors import InputError
+from ssod.hosts import optimizer
+from ssod.hosts.build import teacher_student_arguments
 from ssod.hosts.torchvision.adapter import TorchvisionRCNN
-from ssod.hosts.torchvision.weights import load_detector_weights
 
 RESNETS = {  # block, blocks of each stage
     18: (resnet.BasicBlock, (2, 2, 2, 2)),
@@ -134,29 +135,20 @@ def build_detector(cfg: CfgNode) -> TorchvisionRCNN:
 
 
 def build_model(cfg: CfgNode) -> TeacherStudent:
-    """Build student, teacher and filter on the CPU, with `MODEL.WEIGHTS` loaded if it is set."""
+    """Build student, teacher, filter and methods on the CPU, with random weights of `SEED`."""
     torch.manual_seed(cfg.SEED)
     detector = build_detector(cfg)
-    if cfg.MODEL.WEIGHTS:
-        load_detector_weights(detector, cfg.MODEL.WEIGHTS)
-    return TeacherStudent(detector, **arguments_from_config(cfg, detector))
+    return TeacherStudent(detector, **teacher_student_arguments(cfg, detector))
 
 
-def select_device(cfg: CfgNode) -> torch.device:
-    """Return the device of `MODEL.DEVICE`, checking that it can do what the config asks for."""
-    name = cfg.MODEL.DEVICE
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ImportError) as error:
-        raise InputError(
-            f'MODEL.DEVICE {cfg.MODEL.DEVICE!r} cannot be used here; set it to "auto" or "cpu"'
-        ) from error
-    if cfg.SOLVER.AMP.ENABLED and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
-        raise InputError(
-            f"SOLVER.AMP.ENABLED needs bfloat16, which {torch.cuda.get_device_name(device)} does "
-            "not have; set it to False"
-        )
-    return device
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Build `SSOD.OPTIMIZER` over what is trainable; norms decay by `WEIGHT_DECAY_NORM`."""
+    norms, others = [], []
+    for module in model.modules():
+        group = norms if isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)) else others
+        group += [p for p in module.parameters(recurse=False) if p.requires_grad]
+    groups = [
+        {"params": others, "weight_decay": cfg.SOLVER.WEIGHT_DECAY},
+        {"params": norms, "weight_decay": cfg.SOLVER.WEIGHT_DECAY_NORM},
+    ]
+    return optimizer.build_optimizer(cfg, groups)

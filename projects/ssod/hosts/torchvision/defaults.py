@@ -42,12 +42,15 @@ def get_config() -> CfgNode:
             "CHECKPOINT_PERIOD": 5000,
         }
     )
-    # "norm" of all parameters together; Detectron2's "value" and per-parameter norm are not here.
-    solver.CLIP_GRADIENTS = CfgNode({"ENABLED": False, "CLIP_VALUE": 1.0})
+    # Detectron2's default is to clip each element, "value".
+    solver.CLIP_GRADIENTS = CfgNode(
+        {"ENABLED": False, "CLIP_TYPE": "full_model", "CLIP_VALUE": 1.0, "NORM_TYPE": 2.0}
+    )
     solver.AMP = CfgNode({"ENABLED": False})
     # Iterations between evaluations, 0: at the end only.
     cfg.TEST = CfgNode({"EVAL_PERIOD": 0, "DETECTIONS_PER_IMAGE": 100})
     add_ssod_config(cfg)
+    cfg.SSOD.AMP_DTYPE = "bfloat16"  # needs no loss scaling, and works on CPUs
     return cfg
 
 

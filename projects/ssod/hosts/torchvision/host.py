@@ -10,10 +10,10 @@ from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import load_run_data, read_sets
 from ssod.hosts.metric_log import LOG_NAME, read_metrics
 from ssod.hosts.protocol import FinishedRun, check_same_config, copy_file
-from ssod.hosts.torchvision.build import build_model, select_device
+from ssod.hosts.run import usable_device
+from ssod.hosts.torchvision.build import build_model
 from ssod.hosts.torchvision.defaults import get_config
-from ssod.hosts.torchvision.loop import Trainer
-from ssod.hosts.torchvision.weights import CHECKPOINT_NAME
+from ssod.hosts.torchvision.run import CHECKPOINT_NAME, Run, find_checkpoint
 
 __all__ = [
     "branch",
@@ -31,9 +31,9 @@ __all__ = [
 def train(cfg: CfgNode, title: str) -> FinishedRun:
     """Train a run to its end, from where it was."""
     check_same_config(cfg)
-    trainer = Trainer(cfg, resume=True)
-    results = trainer.train(title)
-    return FinishedRun(trainer.model, trainer.data, trainer.device, results)
+    run = Run(cfg, find_checkpoint(cfg.OUTPUT_DIR))
+    results = run.train(title)
+    return FinishedRun(run.model, run.data, run.device, results)
 
 
 def branch(source: Path, target: Path) -> None:
@@ -59,6 +59,5 @@ def last_checkpoint(run: Path) -> Path:
 
 
 def build(cfg: CfgNode) -> TeacherStudent:
-    """Build student and teacher on the config's device."""
-    device = select_device(cfg)
-    return build_model(cfg).to(device)
+    """Build student and teacher, with random weights, on the config's device."""
+    return build_model(cfg).to(usable_device(cfg))

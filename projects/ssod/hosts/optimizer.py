@@ -1,12 +1,12 @@
-"""Optimizer and gradient clipping, with Detectron2's keys."""
+"""Optimizer and gradient clipping of every host, with Detectron2's keys."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from detectron2.config import CfgNode
-from detectron2.solver import get_default_optimizer_params
+from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, clip_grads_with_norm_
 
@@ -15,29 +15,28 @@ from ssod.errors import InputError
 Clipper = Callable[[Sequence[nn.Parameter], Tensor], object]
 
 
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    cfg: CfgNode, groups: list[dict[str, Any]], **sgd_options: Any
+) -> torch.optim.Optimizer:
     """
-    Build `SSOD.OPTIMIZER` over what is trainable, in Detectron2's parameter groups.
+    Build `SSOD.OPTIMIZER` over a host's parameter groups.
 
     The fused kernels are used because they skip a step on the device, without asking the host
     whether gradients are finite.
+
+    Args:
+        cfg: `SOLVER` and `SSOD.OPTIMIZER`.
+        groups: of everything that is trainable, with what differs from `SOLVER.BASE_LR` and
+            `WEIGHT_DECAY`.
+        **sgd_options: of `torch.optim.SGD`.
 
     Raises:
         InputError: for an optimizer that does not exist.
     """
     solver = cfg.SOLVER
-    groups = get_default_optimizer_params(
-        model,
-        base_lr=solver.BASE_LR,
-        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
-        bias_lr_factor=solver.BIAS_LR_FACTOR,
-        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-    )
     shared = {"lr": solver.BASE_LR, "weight_decay": solver.WEIGHT_DECAY, "fused": True}
     if cfg.SSOD.OPTIMIZER == "SGD":
-        optimizer = torch.optim.SGD(
-            groups, momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **shared
-        )
+        optimizer = torch.optim.SGD(groups, momentum=solver.MOMENTUM, **shared, **sgd_options)
         # The fused kernel leaves the buffers of a skipped first step uninitialised. From zero,
         # the first step is the same: dampening is 0.
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -54,7 +53,7 @@ def build_clipper(cfg: CfgNode) -> Clipper | None:
 
     `SOLVER.CLIP_GRADIENTS.CLIP_TYPE` is one of Detectron2's, "value" for each element and "norm"
     for each parameter, or "full_model" for the norm of all parameters together. The function takes
-    the parameters and the norm of all their gradients.
+    the parameters and the norm of all their gradients, 0-dim.
 
     Raises:
         InputError: for another type.

@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
         ) from error
     output = Path(args.output) if args.output else folder / "exported"
     which = "student" if args.student else "teacher"
-    export_detector(merge_config(get_config(), str(config)), checkpoint, output, which)
+    cfg = merge_config(get_config(), str(config), run_plugin=False)  # the detector needs no code
+    export_detector(cfg, checkpoint, output, which)
     print(f"{which} of {checkpoint} written to {output}")
     print(_USAGE.format(config=str((output / "config.yaml").resolve())))
 

@@ -131,8 +131,9 @@ def _read_config(weights: str, config_file: str | None) -> tuple[Any, CfgNode]:
     if not Path(config).is_file():
         raise InputError(f"{config}: not found; name the config of the run with --config-file")
     host = import_host(read_host(config))
-    # What the run started from may be gone, and is not needed.
-    cfg = merge_config(host.get_config(), config, ["MODEL.WEIGHTS", ""])
+    # What the run started from may be gone, and is not needed; nor is code of the run's.
+    overrides, is_named = ["MODEL.WEIGHTS", ""], config_file is not None
+    cfg = merge_config(host.get_config(), config, overrides, run_plugin=is_named)
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     cfg.freeze()

@@ -61,8 +61,8 @@ def format_results(results: dict[str, float]) -> str:
 
 def train_torchvision(args: argparse.Namespace) -> None:
     """Train or evaluate on the torchvision host."""
+    from ssod.hosts.torchvision import run
     from ssod.hosts.torchvision.defaults import get_config
-    from ssod.hosts.torchvision.loop import Trainer
 
     if args.num_gpus != 1 or args.num_machines != 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError(
@@ -71,19 +71,7 @@ def train_torchvision(args: argparse.Namespace) -> None:
         )
     cfg = merge_config(get_config(), args.config_file, args.opts)
     cfg.freeze()
-    trainer = Trainer(cfg, resume=args.resume or args.eval_only)
-    if args.eval_only and not (cfg.MODEL.WEIGHTS or trainer.checkpoint.exists()):
-        raise InputError(
-            f"--eval-only found neither {trainer.checkpoint} nor MODEL.WEIGHTS; name one of them"
-        )
-    if args.eval_only and not args.resume and cfg.MODEL.WEIGHTS and trainer.checkpoint.exists():
-        raise InputError(
-            f"--eval-only found both MODEL.WEIGHTS and {trainer.checkpoint}; add --resume to "
-            "evaluate the latter, or choose another OUTPUT_DIR"
-        )
-    if args.eval_only and trainer.data.val is None:
-        raise InputError("--eval-only needs a validation set; set SSOD.DATA.VAL_JSON or VAL_VOC")
-    results = trainer.evaluate() if args.eval_only else trainer.train()
+    results = run.run(cfg, args)
     if results:
         print(format_results(results))
 

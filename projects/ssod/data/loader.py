@@ -152,19 +152,17 @@ class FailedImages:
         num_used = len(batch.labeled) + (len(batch.unlabeled) if batch.unlabeled else 0)
         self.num_drawn += num_used + len(batch.failed)
 
-    def check(self, num_failed: int | None = None, num_drawn: int | None = None) -> None:
+    def check(self, num_failed: int, num_drawn: int) -> None:
         """
         Stop a training that loses too many images.
 
         Args:
-            num_failed: summed over ranks, so that all of them stop together; None for this one's.
+            num_failed: summed over ranks, so that all of them stop together.
             num_drawn: the same.
 
         Raises:
             InputError: if more than the allowed share failed, once 100 samples were drawn.
         """
-        num_failed = self.num_failed if num_failed is None else num_failed
-        num_drawn = self.num_drawn if num_drawn is None else num_drawn
         if num_drawn >= _MIN_DRAWN and num_failed > self._max_share * num_drawn:
             examples = f", from files such as {min(self._files)}" if self._files else ""
             raise InputError(

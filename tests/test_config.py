@@ -1,17 +1,21 @@
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 
 import ssod
 from ssod.config import merge_config, read_host
+from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY
+from ssod.core.method import METHOD_REGISTRY
 from ssod.errors import InputError
 from ssod.hosts.torchvision.defaults import get_config
+from ssod.removed import REMOVED
 
 PACKAGE = Path(ssod.__file__).parent
 SHIPPED = sorted((PACKAGE.parents[1] / "configs").rglob("*.yaml"))
-# `read_host` reads the first before a host's config exists; the second marks the file format.
-READ_ELSEWHERE = {"SSOD.HOST", "VERSION"}
+# Read from the file before there is a config; the last marks the file format.
+READ_ELSEWHERE = {"SSOD.HOST", "SSOD.PLUGIN", "VERSION"}
 
 
 def _leaves(node, prefix=""):
@@ -218,13 +222,65 @@ def _keys_read(source):
                 yield ".".join(reversed(names))
 
 
-def test_every_key_is_read():
-    sources = [path for path in PACKAGE.rglob("*.py") if path.name != "config.py"]
+def _arguments(group, classes):
+    for cls in classes:
+        yield from (f"SSOD.{group}.{name.upper()}" for name in inspect.signature(cls).parameters)
+
+
+def dead_keys(host, keys):
+    """Those of the keys that no code of a host, or of what hosts share, reads."""
+    folders = ("core", "data", "evaluation", "cli", f"hosts/{host}")
+    sources = [path for folder in folders for path in (PACKAGE / folder).rglob("*.py")]
+    sources += PACKAGE.glob("hosts/*.py")
     read = {key for path in sources for key in _keys_read(path.read_text())}
+    # Those of filters and methods are handed to them by name.
+    read |= set(_arguments("FILTER", (cls for _, cls in PSEUDO_LABEL_FILTER_REGISTRY)))
+    for _, cls in METHOD_REGISTRY:
+        read |= set(_arguments(cls.group, [cls]))
+    return {key for key in keys if not any(f".{key}".endswith(f".{end}") for end in read)}
+
+
+def test_every_key_is_read():
     keys = {key for key, _ in _leaves(get_config())} - READ_ELSEWHERE
     assert len(keys) > 50
-    dead = {key for key in keys if not any(f".{key}".endswith(f".{end}") for end in read)}
-    assert not dead, f"no code reads {sorted(dead)}"
+    assert dead_keys("torchvision", keys) == set()
+
+
+def _nested(key, value):
+    """A YAML text."""
+    for part in reversed(key.split(".")):
+        value = f"{{{part}: {value}}}"
+    return value
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_a_removed_key_is_accepted_with_the_value_that_is_still_done(merge, key):
+    """Every config that a run of an earlier version has written has it."""
+    assert key not in dict(_leaves(get_config()))
+    stays, _ = REMOVED[key]
+    assert merge(_nested(key, stays)) == merge_config(get_config(), "", [key, str(stays)])
+    assert merge(_nested(key, stays)) == get_config()
+
+
+@pytest.mark.parametrize("key", REMOVED)
+def test_another_value_of_a_removed_key_says_what_to_do_instead(merge, key):
+    stays, instead = REMOVED[key]
+    value = {bool: not stays, str: "other"}.get(type(stays), 7)
+    for merge_it in (lambda: merge(_nested(key, value)), lambda: merge("SEED: 1", key, str(value))):
+        with pytest.raises(InputError) as error:
+            merge_it()
+        message = str(error.value)
+        assert f"{key} was removed" in message and repr(value) in message
+        assert message.endswith(instead)
+        assert "\n" not in message
+
+
+def test_what_is_named_instead_of_removed_keys_exists():
+    keys = {part for key, _ in _leaves(get_config()) for part in (key, key.split(".")[-1])}
+    for _, instead in REMOVED.values():
+        words = [word.strip(",.:;") for word in instead.split()]
+        named = [word for word in words if word.isupper() and len(word) > 3]
+        assert all(word in keys for word in named), instead
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)

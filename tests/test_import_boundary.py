@@ -16,7 +16,6 @@ MODULES = {
     ): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-WITHOUT_DETECTRON2 = ["ssod.core", "ssod.data", "ssod.evaluation", "ssod.hosts.torchvision"]
 CORE_MAY_IMPORT = {"torch", "torchvision", "fvcore", "ssod.core", "ssod.errors"}
 
 
@@ -52,8 +51,11 @@ def test_core_imports_torch_and_itself(module):
     assert sorted(name for name in _imports(module) if not _is_part_of(name, allowed)) == []
 
 
-@pytest.mark.parametrize("module", _parts_of("ssod.data", "ssod.evaluation"))
-def test_data_and_evaluation_import_no_host(module):
+BELOW_HOSTS = ["ssod.data", "ssod.evaluation", "ssod.config", "ssod.plugins"]
+
+
+@pytest.mark.parametrize("module", _parts_of(*BELOW_HOSTS))
+def test_data_evaluation_and_config_import_no_host(module):
     assert _forbidden(module, ["ssod.hosts", "ssod.cli"]) == []
 
 
@@ -69,8 +71,15 @@ def test_hosts_do_not_import_each_other():
                 assert _forbidden(module, [f"ssod.hosts.{other}"]) == []
 
 
+def test_what_hosts_share_imports_neither():
+    hosts = ["ssod.hosts.torchvision", "ssod.hosts.detectron2"]
+    shared = [m for m in _parts_of("ssod.hosts") if not _is_part_of(m, hosts)]
+    assert "ssod.hosts.step" in shared
+    assert {m: found for m in shared if (found := _forbidden(m, hosts))} == {}
+
+
 def test_all_but_the_detectron2_host_can_be_imported_without_it():
-    modules = _parts_of(*WITHOUT_DETECTRON2)
+    modules = [m for m in MODULES if not _is_part_of(m, ["ssod.hosts.detectron2"])]
     # None in `sys.modules` makes an import fail as if the package were not installed.
     code = "import importlib, sys\nsys.modules['detectron2'] = None\n"
     code += f"for name in {modules}:\n    importlib.import_module(name)\n"

@@ -8,9 +8,8 @@ from fvcore.common.config import CfgNode
 from ssod.config import merge_config
 from ssod.data.shapes import ShapesSpec
 from ssod.hosts.metric_log import read_metrics
-from ssod.hosts.torchvision import loop
 from ssod.hosts.torchvision.defaults import get_config
-from ssod.hosts.torchvision.weights import CHECKPOINT_NAME
+from ssod.hosts.torchvision.run import CHECKPOINT_NAME, Run, find_checkpoint
 
 SPEC = ShapesSpec(num_labeled=6, num_unlabeled=6, num_val=4, image_size=64)
 BURN_IN_ITERS, MAX_ITER, EVAL_PERIOD = 2, 5, 3
@@ -76,9 +75,14 @@ def tiny_config(shapes: Path, output: Path, *overrides: object) -> CfgNode:
     return cfg
 
 
-def train(cfg: CfgNode, resume: bool = False, trainer: type[loop.Trainer] = loop.Trainer) -> None:
+def resume(cfg: CfgNode) -> Run:
+    """Return the run in the config's folder, to be continued."""
+    return Run(cfg, find_checkpoint(cfg.OUTPUT_DIR))
+
+
+def train(cfg: CfgNode, resumed: bool = False) -> None:
     """Train up to the end."""
-    trainer(cfg, resume).train()
+    (resume(cfg) if resumed else Run(cfg)).train()
 
 
 def read_state(output: Path) -> dict:

@@ -13,7 +13,7 @@ from ssod.cli.main import main
 from ssod.cli.quickstart import summarize
 from ssod.data.shapes import ShapesSpec
 from ssod.hosts.metric_log import LOG_NAME
-from ssod.hosts.torchvision.weights import CHECKPOINT_NAME
+from ssod.hosts.torchvision.run import CHECKPOINT_NAME
 from tiny_run import BURN_IN_ITERS, MAX_ITER, OPTIONS, SPEC, differences, read_lines
 
 SPEC_OPTIONS = {field.name: "--" + field.name.replace("_", "-") for field in fields(ShapesSpec)}

@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from ssod.cli.main import main
-from ssod.hosts.torchvision.weights import CHECKPOINT_NAME
+from ssod.hosts.torchvision.run import CHECKPOINT_NAME
 
 ROTATED = 6  # Exif: to be turned by 90 degrees clockwise
 

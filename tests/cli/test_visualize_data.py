@@ -13,7 +13,7 @@ from ssod.data.loader import first_samples
 from ssod.evaluation.drawing import PALETTE, TRUTH_COLOR
 from ssod.hosts.checkpoint import load_run
 from ssod.hosts.torchvision import host
-from ssod.hosts.torchvision.weights import CHECKPOINT_NAME
+from ssod.hosts.torchvision.run import CHECKPOINT_NAME
 from tiny_run import BURN_IN_ITERS, data_options, tiny_config
 
 

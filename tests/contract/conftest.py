@@ -1,12 +1,11 @@
 """The hosts that are installed, and a detector of each."""
 
 from importlib import import_module
-from importlib.util import find_spec
 
 import pytest
 import torch
 
-HOSTS = ["torchvision"] + ["detectron2"] * (find_spec("detectron2") is not None)
+from contract.hosts import HOSTS
 
 
 @pytest.fixture(params=HOSTS)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torchvision.ops import box_area
 
 from ssod.core.filters import FixedThreshold
+from ssod.core.method import Step
 from ssod.core.structures import PseudoLabels, RegionSamples, Targets, TwoStreamBatch, Views
 from ssod.core.teacher_student import TeacherStudent
 
@@ -387,6 +388,7 @@ def test_teacher_gets_no_gradient_and_stays_in_eval_mode(detector):
         unsup_loss_weight=1.0,
         unsup_box_losses=True,
     ).train()
+    assert model.start_teacher_if_due()
     losses = model(_batch())
     assert model.metrics["pseudo/num_per_image"] > 0
     sum(losses.values()).backward()
@@ -418,9 +420,10 @@ def test_pseudo_labels_equal_to_truth_give_the_supervised_losses(detector):
     )
     views = Views(images, images, [truth], [1])
     torch.manual_seed(5)
-    supervised = model.supervised_losses(views)
+    step = Step(model.student, model.teacher, 0, views, unlabeled=views, pseudo_labels=[pseudo])
+    supervised = model.supervised_losses(step)
     torch.manual_seed(5)
-    unsupervised = model.unsupervised_losses(views, [pseudo])
+    unsupervised = model.unsupervised_losses(step)
     for name, loss in supervised.items():
         torch.testing.assert_close(unsupervised[f"{name}_unsup"], 2 * loss, rtol=0, atol=0)
 

@@ -1,7 +1,6 @@
 """The low-resolution branch on every host's adapter."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +8,10 @@ from torch.nn.functional import one_hot
 
 from ssod.core.filters import FixedThreshold
 from ssod.core.low_resolution import LowResolutionBranch
-from ssod.core.self_distillation import SelfDistillation
+from ssod.core.method import Step
 from ssod.core.structures import PseudoLabels, Targets, TwoStreamBatch, Views
 from ssod.core.teacher_student import TeacherStudent
 from ssod.errors import InputError
-from ssod.hosts.torchvision.defaults import get_config
 
 NUM_CLASSES = 3
 PIM = ("loss_cls_low_res", "loss_box_reg_low_res")
@@ -47,33 +45,34 @@ def _random_boxes(count, generator):
     return torch.cat([corner - side / 4, corner + 3 * side / 4], 1)
 
 
-def _run(detector, branch, labels=LABELS, seed=3):
+def _step(detector, labels=LABELS, seed=3):
+    """The record after the main branch."""
     batch = detector.preprocess(_images((256, 320), (256, 256)))
     features = detector.features(batch)
     torch.manual_seed(seed)
     main = detector.losses(features, batch, [p.to_targets() for p in labels])
-    return branch(detector, batch, features, main, labels, 0)
+    rest = {"pseudo_labels": labels, "batch": batch, "features": features, "main": main}
+    return Step(detector, detector, 0, None, **rest)
 
 
-def _branch(detector, **kwargs):
-    return LowResolutionBranch(detector.new_classifier(), SelfDistillation(), **kwargs)
-
-
-def test_branch_on_the_full_images_own_levels_gives_the_main_logits(case, detector, monkeypatch):
-    batch = detector.preprocess(_images((256, 320), (256, 256)))
-    features = detector.features(batch)
-    main = detector.losses(features, batch, [p.to_targets() for p in LABELS])
-    generator = torch.Generator().manual_seed(0)
-    main = replace(main, proposals=[_random_boxes(40, generator) for _ in LABELS])
-    scored = []
-    region_losses = detector.region_losses
-    monkeypatch.setattr(detector, "features", lambda small: case.shifted_pyramid(features))
+def _scored(detector, monkeypatch):
+    """The list that arguments of the region losses go into from now on."""
+    scored, region_losses = [], detector.region_losses
     monkeypatch.setattr(
         detector, "region_losses", lambda *args: scored.append(args) or region_losses(*args)
     )
-    _branch(detector)(detector, batch, features, main, LABELS, 0)
+    return scored
+
+
+def test_branch_on_the_full_images_own_levels_gives_the_main_logits(case, detector, monkeypatch):
+    step = _step(detector)
+    generator = torch.Generator().manual_seed(0)
+    step.main.proposals = [_random_boxes(40, generator) for _ in LABELS]
+    scored = _scored(detector, monkeypatch)
+    monkeypatch.setattr(detector, "features", lambda small: case.shifted_pyramid(step.features))
+    LowResolutionBranch(detector).losses(step)
     ((output, samples),) = scored
-    expected = detector.score_regions(features, samples.boxes).logits
+    expected = detector.score_regions(step.features, samples.boxes).logits
     levels = detector.levels(samples.boxes)
     assert set(levels.tolist()) == {2, 3, 4, 5}
     torch.testing.assert_close(output.logits[levels >= 3], expected[levels >= 3])
@@ -81,9 +80,8 @@ def test_branch_on_the_full_images_own_levels_gives_the_main_logits(case, detect
 
 
 @pytest.mark.parametrize("labels", [LABELS, NONE, [LABELS[0], NONE[1]]], ids=["2+1", "0+0", "2+0"])
-@pytest.mark.parametrize("proposals", ["rpn", "main"])
-def test_losses_are_finite_and_connected(detector, labels, proposals):
-    losses = _run(detector, _branch(detector, proposals=proposals), labels)
+def test_losses_are_finite_and_connected(detector, labels):
+    losses = LowResolutionBranch(detector).losses(_step(detector, labels))
     assert losses.keys() == {*PIM, "loss_distill"}
     assert all(loss.isfinite() and loss.requires_grad for loss in losses.values())
     if labels is NONE:
@@ -102,7 +100,7 @@ def _detached(features):
 @pytest.mark.parametrize("route", ["small image", "full image"])
 def test_each_loss_reaches_the_backbone_and_its_classifiers(case, detector, monkeypatch, route):
     """With the features of the other image cut off; the full image is only distilled."""
-    branch = _branch(detector)
+    branch = LowResolutionBranch(detector)
     weights = {
         "backbone": list(detector.backbone.parameters()),
         "main": [case.classifier(detector).weight],
@@ -113,15 +111,13 @@ def test_each_loss_reaches_the_backbone_and_its_classifiers(case, detector, monk
         "loss_box_reg_low_res": {"backbone"} if route == "small image" else set(),
         "loss_distill": {"backbone", "main", "aux"},
     }
-    batch = detector.preprocess(_images((256, 320), (256, 256)))
-    features = detector.features(batch)
-    main = detector.losses(features, batch, [p.to_targets() for p in LABELS])
+    step = _step(detector)
     if route == "small image":
-        features = _detached(features)
+        step.features = _detached(step.features)
     else:
         of_image = detector.features
         monkeypatch.setattr(detector, "features", lambda image: _detached(of_image(image)))
-    losses = branch(detector, batch, features, main, LABELS, 0)
+    losses = branch.losses(step)
     for name, reached in expected.items():
         found = set()
         for part, parameters in weights.items():
@@ -132,27 +128,18 @@ def test_each_loss_reaches_the_backbone_and_its_classifiers(case, detector, monk
         assert found == reached, name
 
 
-@pytest.mark.parametrize("proposals", ["rpn", "main"])
-def test_distillation_compares_both_classifiers_on_the_same_regions(
-    detector, proposals, monkeypatch
-):
-    branch = _branch(detector, proposals=proposals)
+def test_distillation_compares_both_classifiers_on_the_same_regions(detector, monkeypatch):
+    branch = LowResolutionBranch(detector)
     torch.manual_seed(1)
     torch.nn.init.normal_(branch.classifier.weight)  # far from the main one
-    batch = detector.preprocess(_images((256, 320), (256, 256)))
-    features = detector.features(batch)
-    torch.manual_seed(3)
-    main = detector.losses(features, batch, [p.to_targets() for p in LABELS])
-    scored, region_losses = [], detector.region_losses
-    monkeypatch.setattr(
-        detector, "region_losses", lambda *args: scored.append(args) or region_losses(*args)
-    )
-    loss = branch(detector, batch, features, main, LABELS, 0)["loss_distill"]
+    step = _step(detector)
+    scored = _scored(detector, monkeypatch)
+    loss = branch.losses(step)["loss_distill"]
     ((output, samples),) = scored
-    small = detector.features(batch.half())
+    small = detector.features(step.batch.half())
     aux = detector.score_regions(small, samples.boxes, stride_shift=1).embeddings
     aux = branch.classifier(aux).log_softmax(1)
-    full = detector.score_regions(features, samples.boxes).logits.log_softmax(1)
+    full = detector.score_regions(step.features, samples.boxes).logits.log_softmax(1)
     weights, starts = torch.zeros(len(full)), [0, len(samples.boxes[0])]
     for row, (label, match) in enumerate(zip(samples.classes, samples.matched, strict=True)):
         if label < NUM_CLASSES:
@@ -163,47 +150,18 @@ def test_distillation_compares_both_classifiers_on_the_same_regions(
     assert output.logits.dtype == torch.float32
 
 
-def test_distillation_teaches_both_classifiers_unless_it_is_detached(case, detector):
-    for detach in (False, True):
-        branch = _branch(detector)
-        branch.distillation = SelfDistillation(detach=detach)
-        loss = _run(detector, branch)["loss_distill"]
-        aux = torch.autograd.grad(loss, branch.classifier.weight, allow_unused=True)[0]
-        main = case.classifier(detector).weight
-        assert (aux is None) == detach
-        loss = _run(detector, branch)["loss_distill"]
-        assert torch.autograd.grad(loss, main)[0].abs().sum() > 0
-
-
-def test_main_regions_have_the_labels_that_the_hosts_matcher_gives(detector):
-    """Without ground truth among the proposals, sampling all of them matches each once."""
-    generator = torch.Generator().manual_seed(1)
-    targets = [
-        Targets.from_ground_truth(_random_boxes(n, generator), torch.arange(n) % 3, NUM_CLASSES)
-        for n in (3, 0, 1)
-    ]
-    boxes = [_random_boxes(50, generator) for _ in targets]
-    boxes[0] = torch.cat([boxes[0], targets[0].boxes + 2])
-    sampled = detector.sample(boxes, targets)
-    main = type("Main", (), {"samples": sampled})
-    labelled = _branch(detector, proposals="main")._sample(detector, main, targets)
-    assert torch.equal(labelled.classes, sampled.classes)
-    foreground = sampled.classes < NUM_CLASSES
-    assert foreground.any()
-    assert torch.equal(labelled.matched[foreground], sampled.matched[foreground])
-    assert torch.equal(labelled.gt_boxes[foreground], sampled.gt_boxes[foreground])
-
-
 def _model(detector, branch, unsup_loss_weight=1.0):
-    return TeacherStudent(
+    model = TeacherStudent(
         detector,
         FixedThreshold(0.9, 0.2),
         burn_in_iters=0,
         ema_decay=0.9,
         unsup_loss_weight=unsup_loss_weight,
         unsup_box_losses=True,
-        low_resolution=branch,
+        methods={} if branch is None else {"LSM": branch},
     ).train()
+    model.start_teacher_if_due()
+    return model
 
 
 def _batch():
@@ -215,21 +173,19 @@ def _batch():
     )
 
 
-@pytest.mark.parametrize(("rpn_losses", "passes"), [((), 2), (("loss_rpn_cls",), 3)])
-def test_rpn_runs_once_more_only_if_it_is_trained_there(case, detector, rpn_losses, passes):
-    model = _model(detector, _branch(detector, rpn_losses=rpn_losses))
+@pytest.mark.parametrize(("rpn_loss", "passes"), [(False, 2), (True, 3)])
+def test_rpn_runs_once_more_only_if_it_is_trained_there(case, detector, rpn_loss, passes):
+    model = _model(detector, LowResolutionBranch(detector, rpn_loss=rpn_loss))
     calls = []
     case.rpn_head(model.student).register_forward_hook(lambda *args: calls.append(1))
     losses = model(_batch())
     assert len(calls) == passes  # labeled images, unlabeled ones, and those at half the size
-    assert ("loss_rpn_cls_low_res_unsup" in losses) == bool(rpn_losses)
+    assert ("loss_rpn_cls_low_res_unsup" in losses) == rpn_loss
 
 
 def test_weight_zero_gives_exactly_the_gradients_of_the_mean_teacher(detector):
     gradients = []
-    for branch in (None, _branch(detector, weight=0.0)):
-        if branch is not None:
-            branch.distillation = SelfDistillation(weight=0.0)
+    for branch in (None, LowResolutionBranch(detector, weight=0.0, distill_weight=0.0)):
         model = _model(copy.deepcopy(detector), branch)
         torch.manual_seed(3)
         losses = model(_batch())
@@ -242,7 +198,7 @@ def test_weight_zero_gives_exactly_the_gradients_of_the_mean_teacher(detector):
 
 
 def test_nothing_of_the_branch_remains_at_inference(case, detector):
-    model = _model(detector, _branch(detector))
+    model = _model(detector, LowResolutionBranch(detector))
     expected = list(case.host_model(detector).state_dict())
     assert list(model.teacher.state_dict()) == list(model.student.state_dict()) == expected
 
@@ -250,7 +206,7 @@ def test_nothing_of_the_branch_remains_at_inference(case, detector):
 def test_number_of_draws_changes_no_other_draw_of_a_step(detector):
     """With weight 0, after its own forward and seeded as parts of a batch are."""
     losses = []
-    for branch in (None, _branch(detector, weight=0.0)):
+    for branch in (None, LowResolutionBranch(detector, weight=0.0)):
         model = _model(copy.deepcopy(detector), branch)
         for part in range(2):
             torch.manual_seed(part)
@@ -262,12 +218,10 @@ def test_number_of_draws_changes_no_other_draw_of_a_step(detector):
 
 @pytest.mark.parametrize("levels", [(3, 5), (2, 4)])
 def test_other_levels_are_refused(detector, monkeypatch, levels):
-    cfg = get_config()
-    cfg.SSOD.LSM.ENABLED = True
     monkeypatch.setattr(detector, "levels", lambda boxes: torch.tensor(levels))
     message = f"SSOD.LSM needs regions pooled from levels 2 to 5, got {levels[0]} to {levels[1]}"
     with pytest.raises(InputError, match=message):
-        LowResolutionBranch.from_config(cfg, detector)
+        LowResolutionBranch(detector)
 
 
 def test_norms_of_the_box_head_keep_their_statistics(detector):
@@ -275,29 +229,21 @@ def test_norms_of_the_box_head_keep_their_statistics(detector):
     norm = torch.nn.BatchNorm1d(detector.new_classifier().in_features)
     head.register_forward_hook(lambda module, inputs, output: norm(output))
     head.add_module("norm", norm)
-    batch = detector.preprocess(_images((256, 320), (256, 256)))
-    features = detector.features(batch)
-    main = detector.losses(features, batch, [p.to_targets() for p in LABELS])
+    step = _step(detector)
     before = copy.deepcopy(norm.state_dict())
-    _branch(detector)(detector, batch, features, main, LABELS, 0)
+    LowResolutionBranch(detector).losses(step)
     assert norm.training
     for name, value in norm.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
 def test_bfloat16_losses_are_close_to_fp32(detector, monkeypatch):
-    branch = _branch(detector, proposals="main")
-    exact = _run(detector, branch)
-    dtypes, region_losses = [], detector.region_losses
-
-    def record(output, samples):
-        dtypes.append(output.logits.dtype)
-        return region_losses(output, samples)
-
-    monkeypatch.setattr(detector, "region_losses", record)
+    branch = LowResolutionBranch(detector)
+    exact = branch.losses(_step(detector))
+    scored = _scored(detector, monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = _run(detector, branch)
-    assert dtypes == [torch.float32, torch.float32]
+        rounded = branch.losses(_step(detector))
+    assert [output.logits.dtype for output, _ in scored] == [torch.float32] * 2
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in rounded.values())
     for name, loss in exact.items():  # the regions differ slightly, as the proposals do
         torch.testing.assert_close(rounded[name], loss, rtol=0.3, atol=0.02)

@@ -8,9 +8,7 @@ import pytest
 import torch
 from test_filters import HostReads, make_detections, random_images
 
-from ssod.config import merge_config
 from ssod.core.adaptive_threshold import AdaptiveClassThreshold, class_thresholds
-from ssod.core.filters import build_filter
 from ssod.core.structures import RegionSamples
 from ssod.errors import InputError
 from ssod.hosts.torchvision.defaults import get_config
@@ -216,6 +214,28 @@ def test_thresholds_are_those_of_the_last_images_and_refreshed_when_due(monkeypa
     assert refreshed == [0, 1, 2, 4, 8]
 
 
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_the_period_is_of_iterations_however_many_passes_they_have(passes, monkeypatch):
+    labels = _filter(queue_images=3, refresh_period=4, passes=passes)
+    refreshed = []
+    original = labels.set_thresholds_from
+    monkeypatch.setattr(
+        labels, "set_thresholds_from", lambda *a: (refreshed.append(labels.calls), original(*a))
+    )
+    for batch in _batches(9 * passes):  # the first fills the queue
+        labels(batch)
+    assert refreshed == [0, 4 * passes, 8 * passes]
+
+
+@pytest.mark.parametrize("source", ["queue", "sweep"])
+def test_a_sweep_is_asked_for_at_once_and_every_period(source):
+    labels = _filter(source=source, refresh_period=4, sweep_images=7)
+    size = 7 if source == "sweep" else None
+    assert [labels.sweep_request(i) for i in (0, 1, 5)] == [size] * 3  # there are no thresholds
+    labels.set_thresholds_from(torch.rand(9), torch.zeros(9).long(), 3)
+    assert [i for i in range(10) if labels.sweep_request(i)] == ([0, 4, 8] if size else [])
+
+
 def test_a_slowly_filling_queue_is_refreshed_each_time_it_has_a_tenth_more():
     labels = _filter(queue_images=64, refresh_period=10**6)
     seen = []
@@ -340,32 +360,18 @@ def test_labels_must_be_told_first():
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("argument", "value", "message"),
     [
-        ("SSOD.FILTER.SOURCE", "file", 'must be "queue" or "sweep", got "file"'),
-        ("SSOD.FILTER.REFRESH_PERIOD", "0", "must be at least 1, got 0"),
-        ("SSOD.FILTER.QUEUE_IMAGES", "0", "must be at least 1, got 0"),
-        ("SSOD.FILTER.SWEEP_IMAGES", "-1", "must be at least 1, got -1"),
-        ("TEST.DETECTIONS_PER_IMAGE", "-1", "must be at least 1, got -1"),
-        ("SSOD.FILTER.RELIABLE_FRACTION", "1.5", r"must be in \[0, 1\], got 1.5"),
-        ("SSOD.FILTER.MIN_SCORE", "-0.5", r"must be in \[0, 1\], got -0.5"),
-        ("SSOD.FILTER.MIN_SCORE", ".nan", r"must be in \[0, 1\], got nan"),
+        ("source", "file", 'SSOD.FILTER.SOURCE must be "queue" or "sweep", got "file"'),
+        ("refresh_period", 0, "SSOD.FILTER.REFRESH_PERIOD must be at least 1, got 0"),
+        ("queue_images", 0, "SSOD.FILTER.QUEUE_IMAGES must be at least 1, got 0"),
+        ("sweep_images", -1, "SSOD.FILTER.SWEEP_IMAGES must be at least 1, got -1"),
+        ("max_detections", -1, "TEST.DETECTIONS_PER_IMAGE must be at least 1, got -1"),
+        ("reliable_fraction", 1.5, r"SSOD.FILTER.RELIABLE_FRACTION must be in \[0, 1\], got 1.5"),
+        ("min_score", -0.5, r"min_score must be in \[0, 1\], got -0.5"),
+        ("min_score", math.nan, r"min_score must be in \[0, 1\], got nan"),
     ],
 )
-def test_value_out_of_range_is_refused_by_key(key, value, message):
-    name = ("SSOD.FILTER.NAME", "AdaptiveClassThreshold")
-    with pytest.raises(InputError, match=f"{key} {message}"):
-        build_filter(merge_config(get_config(), "", [*name, key, value]), NUM_CLASSES)
-
-
-def test_every_key_reaches_the_filter():
-    keys = {"SOURCE": "queue", "REFRESH_PERIOD": 7, "QUEUE_IMAGES": 11, "SWEEP_IMAGES": 13}
-    keys |= {"RELIABLE_FRACTION": 0.5, "MIN_SCORE": 0.25}
-    cfg = get_config()
-    cfg.TEST.DETECTIONS_PER_IMAGE = 5
-    for key, value in keys.items():
-        cfg.SSOD.FILTER[key] = value
-    labels = AdaptiveClassThreshold.from_config(cfg, NUM_CLASSES)
-    assert {key: getattr(labels, key.lower(), 11) for key in keys} == keys
-    assert labels.queue.rows.shape == (11, 5, 2)
-    assert labels.uncertain_thresh.tolist() == [0.25] * NUM_CLASSES
+def test_argument_out_of_range_is_refused(argument, value, message):
+    with pytest.raises(InputError, match=message):
+        AdaptiveClassThreshold(NUM_CLASSES, **{argument: value})

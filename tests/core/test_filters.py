@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY, FixedThreshold, build_filter
+from ssod.core.filters import FixedThreshold
 from ssod.core.structures import Detections
 from ssod.errors import InputError
-from ssod.hosts.torchvision.defaults import get_config
 
 NUM_CLASSES = 3
 WAITING = {"tolist", "item", "numpy", "cpu", "nonzero", "masked_select", "bincount", "unique"}
@@ -136,65 +135,23 @@ def test_threshold_that_is_no_probability_is_refused(score_thresh):
         FixedThreshold(score_thresh)
 
 
-def test_the_config_names_the_filter_and_its_threshold():
-    cfg = get_config()
-    cfg.SSOD.FILTER.SCORE_THRESH = 0.25
-    chosen = PSEUDO_LABEL_FILTER_REGISTRY.get(cfg.SSOD.FILTER.NAME)
-    labels = chosen.from_config(cfg, NUM_CLASSES)
-    assert isinstance(labels, FixedThreshold)
-    assert len(labels([_detections([0.5, 0.25])])[0]) == 1
-
-
 def test_boxes_between_two_thresholds_are_kept_with_no_weight():
     scores = [0.9, 0.7, 0.6, 0.5, 0.3]
     (both,) = FixedThreshold(0.7, 0.5)([_detections(scores)])
     assert both.scores.tolist() == pytest.approx([0.9, 0.7, 0.6])
     assert both.reliable.tolist() == [True, False, False]
     assert both.weights.tolist() == both.box_weights.tolist() == [1.0, 0.0, 0.0]
-    for labels in (FixedThreshold(0.7), FixedThreshold(0.7, 0.7), FixedThreshold(0.7, 0.7, True)):
+    assert FixedThreshold(0.7, 0.5).drops_undecided
+    for labels in (FixedThreshold(0.7), FixedThreshold(0.7, 0.7)):
         assert len(labels([_detections(scores)])[0]) == 1
         assert not labels.drops_undecided
 
 
-@pytest.mark.parametrize("ignored", [False, True])
-def test_undecided_boxes_are_dropped_or_ignored_as_the_config_says(ignored):
-    cfg = get_config()
-    cfg.SSOD.LSM.ALPHA, cfg.SSOD.LSM.IGNORE_LOW_SCORES = 0.25, ignored
-    assert len(FixedThreshold.from_config(cfg, NUM_CLASSES)([_detections([0.5])])[0]) == 0
-    cfg.SSOD.LSM.ENABLED = True
-    labels = FixedThreshold.from_config(cfg, NUM_CLASSES)
-    assert len(labels([_detections([0.5])])[0]) == 1
-    assert labels.drops_undecided == (not ignored)
-
-
 @pytest.mark.parametrize("low", [-0.1, 0.71, float("nan")])
 def test_a_lower_threshold_above_the_other_is_refused(low):
-    with pytest.raises(InputError, match=r"SSOD.LSM.ALPHA must be in \[0, SSOD.FILTER.SCORE_THR"):
+    message = rf"undecided_thresh must be in \[0, score_thresh 0.7\], got {low}"
+    with pytest.raises(InputError, match=message):
         FixedThreshold(0.7, low)
-
-
-def test_an_unknown_filter_is_refused_by_name():
-    with pytest.raises(KeyError, match="No object named 'NoSuchFilter'"):
-        PSEUDO_LABEL_FILTER_REGISTRY.get("NoSuchFilter")
-    cfg = get_config()
-    cfg.SSOD.FILTER.NAME = "NoSuchFilter"
-    with pytest.raises(InputError, match="AdaptiveClass.*Fixed.*SoftMatch.*got 'NoSuchFilter'"):
-        build_filter(cfg, NUM_CLASSES)
-
-
-@pytest.mark.parametrize("name", ["FixedThreshold", "AdaptiveClassThreshold", "SoftMatchWeighting"])
-def test_every_filter_is_built_from_the_default_config(name):
-    cfg = get_config()
-    cfg.SSOD.FILTER.NAME = name
-    labels = build_filter(cfg, NUM_CLASSES)
-    assert type(labels).__name__ == name
-    labels.set_label_distribution(torch.tensor([3, 2, 1]), num_labeled=2)
-    for images in ([[0.9, 0.8, 0.1]], [[0.9, 0.8], []], [[]], [[], []]):
-        kept = labels([_detections(scores) for scores in images])
-        assert [len(k) <= len(i) for k, i in zip(kept, images, strict=True)] == [True] * len(kept)
-    names_and_values = labels.metrics().items()
-    assert all(n.startswith("pseudo/") and v.shape == () for n, v in names_and_values)
-    assert all(v.isfinite() for _, v in names_and_values)
 
 
 def test_a_fixed_threshold_has_nothing_to_learn_or_report():

@@ -1,15 +1,17 @@
 import copy
 import io
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from fake_detector import BOXES, NUM_CLASSES, FakeDetector
+from fake_detector import BOXES, LOSS_NAMES, NUM_CLASSES, FakeDetector
+from fake_training import make_batch, train, training_step
 
 from ssod.core.filters import FixedThreshold
 from ssod.core.low_resolution import LowResolutionBranch
-from ssod.core.self_distillation import SelfDistillation
-from ssod.core.structures import PseudoLabels, Targets, TwoStreamBatch, Views
+from ssod.core.method import Step
+from ssod.core.structures import PseudoLabels, Targets
 from ssod.core.teacher_student import TeacherStudent
 from ssod.errors import InputError
 
@@ -49,19 +51,23 @@ def _labels(weights, seed=2):
 LABELS = [_labels([1.0, 0.0], seed=2), _labels([0.25, 1.0, 0.0], seed=3)]
 
 
-def _branch(detector, distillation="default", classifier="own", seed=5, **kwargs):
+def _branch(seed=5, **kwargs):
+    """A branch whose classifier is that of another detector."""
     torch.manual_seed(seed)
-    if distillation == "default":
-        distillation = SelfDistillation()
-    own = torch.nn.Linear(5, NUM_CLASSES + 1) if classifier == "own" else None
-    return LowResolutionBranch(own, distillation, **kwargs)
+    return LowResolutionBranch(FakeDetector(), **kwargs)
 
 
-def _run(detector, branch, labels=LABELS, iterations=100, num_images=2):
-    batch = detector.preprocess(_images(num_images))
+def _step(detector, labels=LABELS):
+    """The record after the main branch."""
+    batch = detector.preprocess(_images())
     features = detector.features(batch)
     main = detector.losses(features, batch, [p.to_targets() for p in labels])
-    return branch(detector, batch, features, main, labels, iterations)
+    rest = {"pseudo_labels": labels, "batch": batch, "features": features, "main": main}
+    return Step(detector, detector, 0, None, **rest)
+
+
+def _run(detector, branch, labels=LABELS):
+    return branch.losses(_step(detector, labels))
 
 
 def _assert_same(actual, expected, names=None):
@@ -71,7 +77,7 @@ def _assert_same(actual, expected, names=None):
 
 def test_losses_are_the_students_own_on_the_small_image_and_all_boxes():
     detector = _detector()
-    branch = _branch(detector, weight=0.5)
+    branch = _branch(weight=0.5)
     batch = detector.preprocess(_images())
     ones = [
         replace(p.to_targets(), weights=torch.ones(len(p)), box_weights=torch.ones(len(p)))
@@ -93,7 +99,7 @@ def test_losses_are_the_students_own_on_the_small_image_and_all_boxes():
 
 def test_distillation_pairs_both_classifiers_on_the_regions_of_low_boxes():
     detector = _detector()
-    branch = _branch(detector)
+    branch = _branch()
     losses = _run(detector, branch)
     batch = detector.preprocess(_images())
     detector = _detector()
@@ -113,9 +119,9 @@ def test_distillation_pairs_both_classifiers_on_the_regions_of_low_boxes():
 
 
 def test_weights_scale_their_own_losses_and_no_other():
-    base = _run(_detector(), _branch(None))
-    pim = _run(_detector(), _branch(None, weight=1.0))
-    distilled = _run(_detector(), _branch(None, SelfDistillation(weight=3.0)))
+    base = _run(_detector(), _branch())
+    pim = _run(_detector(), _branch(weight=1.0))
+    distilled = _run(_detector(), _branch(distill_weight=3.0))
     for name in PIM:
         torch.testing.assert_close(pim[name], 2 * base[name])
     _assert_same(pim, base, ["loss_distill"])
@@ -124,56 +130,46 @@ def test_weights_scale_their_own_losses_and_no_other():
 
 
 def test_without_distillation_its_loss_is_left_out_and_the_others_stay():
-    base, without = _run(_detector(), _branch(None)), _run(_detector(), _branch(None, None))
+    base = _run(_detector(), _branch())
+    without = _run(_detector(), _branch(distill_weight=0.0))
     assert without.keys() == PIM
     _assert_same(without, base, PIM)
 
 
 def test_head_main_scores_with_the_students_classifier():
     detector = _detector()
-    branch = _branch(detector)
-    branch.start(detector)  # the copy is the main one
+    branch = _branch()
+    branch.start(detector, detector)
     copied = _run(_detector(), branch)
-    main = _run(_detector(), _branch(None, classifier="main"))
-    _assert_same(main, copied)
-    assert not list(_branch(None, classifier="main").parameters())
+    main = _branch(head="main", unsup_box_losses=True)
+    _assert_same(_run(_detector(), main), copied)
+    assert not list(main.parameters())
 
 
-def test_head_starts_as_a_copy_or_stays_random():
-    detector = _detector()
-    copied, random = _branch(detector), _branch(detector, head_init="random")
-    before = copy.deepcopy(random.state_dict())
+def test_head_main_learns_coordinates_only_where_the_main_branch_does():
+    losses = _run(_detector(), _branch(head="main"))
+    with_boxes = _run(_detector(), _branch(head="main", unsup_box_losses=True))
+    assert losses.keys() == with_boxes.keys() - {"loss_box_reg_low_res"}
+    _assert_same(losses, with_boxes, losses)
+    _assert_same(_run(_detector(), _branch(unsup_box_losses=True)), _run(_detector(), _branch()))
+
+
+def test_head_starts_as_a_copy_and_draws_nothing():
+    detector, branch = _detector(), _branch()
+    assert not torch.equal(branch.classifier.weight, detector.classifier.weight)
     state = torch.get_rng_state()
-    for branch in (copied, random):
-        branch.start(detector)
+    branch.start(detector, detector)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(copied.classifier.weight, detector.classifier.weight)
-    assert torch.equal(copied.classifier.bias, detector.classifier.bias)
-    assert torch.equal(random.classifier.weight, before["classifier.weight"])
-    assert (random.classifier.bias == 0).all()
-    assert 0 < random.classifier.weight.abs().max() < 0.1
-
-
-def test_box_losses_of_reliable_boxes_are_those_of_the_main_branch():
-    detector = _detector()
-    base = _run(detector, _branch(None))
-    reliable = _run(_detector(), _branch(None, box_loss="reliable"))
-    none = _run(_detector(), _branch(None, box_loss="none"))
-    _assert_same(reliable, base, ["loss_cls_low_res", "loss_distill"])
-    assert 0 < reliable["loss_box_reg_low_res"] < base["loss_box_reg_low_res"]
-    assert none.keys() == base.keys() - {"loss_box_reg_low_res"}
-    _assert_same(none, base, none)
-    sure = [_labels([1.0, 1.0], seed=2), _labels([1.0, 1.0, 1.0], seed=3)]
-    same = [_run(_detector(), _branch(None, box_loss=b), sure) for b in ("all", "reliable")]
-    _assert_same(*same)
+    assert torch.equal(branch.classifier.weight, detector.classifier.weight)
+    assert torch.equal(branch.classifier.bias, detector.classifier.bias)
+    assert branch.classifier.weight is not detector.classifier.weight
 
 
 def test_rpn_losses_are_those_of_halved_boxes_on_the_small_image():
-    detector = _detector()
     names = ("loss_rpn_cls", "loss_rpn_loc")
-    losses = _run(detector, _branch(None, rpn_losses=names, weight=2.0))
-    base = _run(_detector(), _branch(None, weight=2.0))
-    _assert_same(losses, base)
+    losses = _run(_detector(), _branch(rpn_loss=True, unsup_box_losses=True, weight=2.0))
+    base = _run(_detector(), _branch(weight=2.0))
+    _assert_same(losses, base, base)
     reference = _detector()
     batch = reference.preprocess(_images())
     reference.features(batch)  # of the main branch, which moves the running statistics
@@ -183,16 +179,15 @@ def test_rpn_losses_are_those_of_halved_boxes_on_the_small_image():
     _, expected = reference.propose(reference.features(small), small, halves)
     for name in names:
         torch.testing.assert_close(losses[f"{name}_low_res"], 2 * expected[name])
-    only = _run(_detector(), _branch(None, rpn_losses=("loss_rpn_cls",)))
+    only = _run(_detector(), _branch(rpn_loss=True))
     assert only.keys() == base.keys() | {"loss_rpn_cls_low_res"}
 
 
 @pytest.mark.parametrize("levels", [(2,), (3,), (4,), (2, 3), (2, 4), (3, 4)])
-@pytest.mark.parametrize("drop", [False, True])
-def test_levels_and_dropping_zero_the_weights_of_other_regions(levels, drop):
+def test_levels_zero_the_weights_of_other_regions(levels):
     # Levels 2, 3 and 4 of the full image; the first is kept on level 2 of the small one.
     small = {2: 2, 3: 2, 4: 3}
-    counts = [small[n] in levels and not (drop and n == 2) for n in (2, 3, 4)]
+    counts = [small[n] in levels for n in (2, 3, 4)]
 
     class Masked(FakeDetector):
         def region_losses(self, output, samples):
@@ -202,89 +197,54 @@ def test_levels_and_dropping_zero_the_weights_of_other_regions(levels, drop):
             )
             return super().region_losses(output, samples)
 
-    branch = _branch(None, levels=levels, drop_unaligned=drop)
+    branch = _branch(levels=levels)
     losses = _run(_detector(), branch)
     reference = _detector()
     reference.__class__ = Masked
-    masked = _run(reference, _branch(None))
+    masked = _run(reference, _branch())
     _assert_same(losses, masked, PIM)
     if all(counts):
-        _assert_same(losses, _run(_detector(), _branch(None)))
+        _assert_same(losses, _run(_detector(), _branch()))
     # Of the two distilled regions one is of level 3, the other of level 2.
     kept = [n for n, distilled in ((3, counts[1]), (2, counts[0])) if distilled]
     assert (losses["loss_distill"] > 0) == bool(kept)
 
 
-def test_main_regions_are_labelled_anew_and_not_scored_again():
-    detector = _detector()
-    calls = []
+def test_the_main_branch_scores_only_regions_that_are_distilled():
+    scored = []
 
-    class Counting(FakeDetector):
+    class Recording(FakeDetector):
         def score_regions(self, features, boxes, stride_shift=0):
-            calls.append(stride_shift)
+            scored.append((stride_shift, [len(b) for b in boxes]))
             return super().score_regions(features, boxes, stride_shift)
 
-        def sample(self, proposals, targets):
-            calls.append("sample")
-            return super().sample(proposals, targets)
-
-    detector.__class__ = Counting
-    boxes = torch.tensor([[0.0, 0.0, 2.0, 2.2], [0.0, 1.5, 4.0, 4.0]])  # IoU 0.91 and 0.83
-    label = replace(
-        _labels([1.0, 0.0]), boxes=boxes, classes=torch.tensor([0, 1]), scores=torch.rand(2)
-    )
-    losses = _run(detector, _branch(None, proposals="main"), [label, _labels([])])
-    assert calls == ["sample", 0, 1]  # of the main branch; of the small image
-    matched = _run(
-        _detector(), _branch(None, proposals="main", foreground_iou=0.85), [label, label]
-    )
-    apart = _run(_detector(), _branch(None, proposals="main", foreground_iou=0.95), [label, label])
-    assert losses["loss_distill"] > 0
-    # Without a match nothing is an object, so there are no boxes to learn and nothing to distil.
-    assert matched["loss_box_reg_low_res"] > 0
-    assert matched["loss_distill"] == 0  # the low box has an overlap of 0.83
-    assert apart["loss_box_reg_low_res"] == 0
-
-
-def test_small_image_is_the_mean_of_2x2_pixels():
-    detector, seen = _detector(), []
-    detector.body.register_forward_hook(lambda module, inputs, outputs: seen.append(inputs[0]))
-    _run(detector, _branch(None))
-    full, small = seen
-    torch.testing.assert_close(small[:, :, :2, :2], torch.nn.functional.avg_pool2d(full, 2))
-    assert small[:, :, 2:].abs().sum() == small[:, :, :, 2:].abs().sum() == 0
-
-
-@pytest.mark.parametrize(("iterations", "factor"), [(0, 0.0), (5, 0.25), (20, 1.0), (99, 1.0)])
-def test_all_losses_grow_linearly(iterations, factor):
-    base = _run(_detector(), _branch(None))
-    ramped = _run(_detector(), _branch(None, ramp_iters=20), iterations=iterations)
-    for name, loss in base.items():
-        torch.testing.assert_close(ramped[name], factor * loss)
+    detector = _detector()
+    detector.__class__ = Recording
+    step = _step(detector)
+    scored.clear()
+    _branch().losses(step)
+    # One region of each image belongs to a box that is not learned fully, see below.
+    assert scored == [(1, [3, 3]), (0, [1, 1])]
 
 
 def test_batch_norm_statistics_are_used_and_not_moved_by_the_small_image():
     detector = _detector()
-    batch = detector.preprocess(_images())
-    features = detector.features(batch)
-    main = detector.losses(features, batch, [p.to_targets() for p in LABELS])
+    step = _step(detector)
     before = copy.deepcopy(detector.norm.state_dict())
-    _branch(None)(detector, batch, features, main, LABELS, 0)
+    _branch().losses(step)
     for name, value in detector.norm.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert detector.norm.training
 
 
-@pytest.mark.parametrize("proposals", ["rpn", "main"])
-@pytest.mark.parametrize("norm", ["sampled", "distilled"])
 @pytest.mark.parametrize(
     "labels",
     [[_labels([]), _labels([])], [_labels([1.0]), _labels([1.0, 1.0])]],
     ids=["none", "sure"],
 )
-def test_without_low_boxes_distillation_is_a_zero_connected_to_both_heads(labels, norm, proposals):
+def test_without_low_boxes_distillation_is_a_zero_connected_to_both_heads(labels):
     detector = _detector()
-    branch = _branch(detector, SelfDistillation(norm=norm), proposals=proposals)
+    branch = _branch()
     losses = _run(detector, branch, labels)
     heads = [branch.classifier.weight, detector.classifier.weight]
     assert losses["loss_distill"] == 0
@@ -298,30 +258,37 @@ def test_without_low_boxes_distillation_is_a_zero_connected_to_both_heads(labels
 
 
 def test_idle_loss_is_zero_and_reaches_every_parameter():
-    branch = _branch(None)
+    branch = _branch()
     loss = branch.idle_loss()
     loss.backward()
     assert loss == 0
     assert all((p.grad == 0).all() for p in branch.parameters())
-    assert _branch(None, classifier="main").idle_loss() == 0
+    assert _branch(head="main").idle_loss() == 0
 
 
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
         ("weight", -0.5, "SSOD.LSM.WEIGHT must be at least 0, got -0.5"),
-        ("ramp_iters", -1, "SSOD.LSM.RAMP_ITERS must be at least 0, got -1"),
+        ("distill_weight", -1.0, "SSOD.LSM.DISTILL_WEIGHT must be at least 0, got -1.0"),
+        ("distill_weight", math.nan, "SSOD.LSM.DISTILL_WEIGHT must be at least 0, got nan"),
+        ("head", "none", r"SSOD.LSM.HEAD must be one of \('aux', 'main'\), got 'none'"),
         ("levels", (), r"SSOD.LSM.LEVELS must be some of \(2, 3, 4\), got \(\)"),
         ("levels", (2, 5), r"SSOD.LSM.LEVELS must be some of \(2, 3, 4\), got \(2, 5\)"),
-        ("proposals", "all", "SSOD.LSM.PROPOSALS must be one of .*got 'all'"),
-        ("interpolation", "cubic", "SSOD.LSM.INTERPOLATION must be one of .*got 'cubic'"),
-        ("head_init", "zero", "SSOD.LSM.HEAD_INIT must be one of .*got 'zero'"),
-        ("box_loss", "off", "SSOD.LSM.BOX_LOSS must be one of .*got 'off'"),
     ],
 )
 def test_argument_out_of_range_is_refused(argument, value, message):
     with pytest.raises(InputError, match=message):
-        _branch(None, **{argument: value})
+        _branch(**{argument: value})
+
+
+def test_a_student_with_other_levels_is_refused():
+    class Coarse(FakeDetector):
+        def levels(self, boxes):
+            return super().levels(boxes).clamp(min=3)
+
+    with pytest.raises(InputError, match="needs regions pooled from levels 2 to 5, got 3 to 5"):
+        LowResolutionBranch(Coarse())
 
 
 # With the rest of the training iteration
@@ -331,98 +298,56 @@ def _model(branch=None, labels=None, **kwargs):
     torch.manual_seed(0)
     arguments = {"burn_in_iters": 1, "ema_decay": 0.75, "unsup_loss_weight": 3.0} | kwargs
     labels = labels or FixedThreshold(0.9, 0.5)
-    return TeacherStudent(_detector(), labels, low_resolution=branch, **arguments)
-
-
-def _batch(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    targets = [
-        Targets.from_ground_truth(
-            torch.rand(count, 4, generator=generator),
-            torch.randint(NUM_CLASSES, (count,), generator=generator),
-            NUM_CLASSES,
-        )
-        for count in (1, 2)
-    ]
-    labeled = Views(_images(2, 7), _images(2, 8), targets, [1, 2])
-    unlabeled = Views(_images(3, seed + 9), _images(3, seed + 90), None, [3, 4, 5])
-    return TwoStreamBatch(labeled, unlabeled, [])
-
-
-def _train(model, iterations, start=0):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.02)
-    losses = {}
-    for iteration in range(start, start + iterations):
-        losses = model(_batch(iteration))
-        optimizer.zero_grad()
-        sum(losses.values()).backward()
-        assert all(p.grad is not None for p in trained), "DistributedDataParallel would fail"
-        optimizer.step()
-        model.after_step()
-    return losses
+    methods = {} if branch is None else {"LSM": branch}
+    return TeacherStudent(_detector(), labels, methods=methods, **arguments)
 
 
 def test_classifier_waits_for_the_burn_in_and_then_is_a_copy():
-    branch = _branch(None)
+    branch = _branch()
     before = branch.classifier.weight.clone()
     model = _model(branch, burn_in_iters=3)
-    losses = _train(model, 2)
-    assert losses.keys() == {"loss_cls", "loss_box_reg", "loss_rpn_cls", "loss_rpn_loc"}
+    step = training_step(model)
+    for metrics in train(step, 2):
+        assert {name for name in metrics if name.startswith("loss")} == LOSS_NAMES
     assert torch.equal(branch.classifier.weight, before)
-    _train(model, 1, start=2)
+    assert not branch.classifier.weight.grad.any()  # but there is one
+    train(step, 1)
     assert torch.equal(branch.classifier.weight, model.student.classifier.weight)
-    _train(model, 1, start=3)
+    train(step, 1)
     assert not torch.equal(branch.classifier.weight, model.student.classifier.weight)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_ramp_begins_at_the_end_of_the_burn_in():
-    ramped, plain = (_model(_branch(None, ramp_iters=r), burn_in_iters=3) for r in (4, 0))
-    for iteration in range(6):
-        losses, expected = (model(_batch(iteration)) for model in (ramped, plain))
-        for model in (ramped, plain):
-            model.after_step()
-        for name in ("loss_cls_low_res_unsup", "loss_distill_unsup"):
-            assert (name in losses) == (iteration >= 3)
-            if name in losses:
-                factor = (iteration - 3) / 4
-                torch.testing.assert_close(losses[name], factor * expected[name])
-
-
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
-def test_optimizer_state_of_the_burn_in_is_forgotten(optimizer):
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+def test_optimizer_state_of_the_burn_in_is_forgotten(name):
     """As many zero gradients would leave Adam with steps that are many times too large."""
-    model = _model(_branch(None), burn_in_iters=50)
-    parameter = model.low_resolution.classifier.weight
-    options = {"lr": 0.1, "weight_decay": 0.0}
-    build = getattr(torch.optim, optimizer)
-    used = build([parameter], **options | ({"momentum": 0.9} if optimizer == "SGD" else {}))
-    for _ in range(50):
-        parameter.grad = torch.zeros_like(parameter)
-        used.step()
-    model.reset_branch_state(used)
+    model = _model(_branch(), burn_in_iters=30)
+    step = training_step(model, "SSOD.OPTIMIZER", name)
+    train(step, 30)
+    parameter = model.methods.LSM.classifier.weight
+    # The reference has never seen another gradient.
     fresh_parameter = torch.nn.Parameter(parameter.detach().clone())
-    fresh = build([fresh_parameter], **options | ({"momentum": 0.9} if optimizer == "SGD" else {}))
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    fresh = getattr(torch.optim, name)([fresh_parameter], lr=0.02, weight_decay=0.0, **options)
     for _ in range(3):
-        gradient = torch.randn_like(parameter)
-        parameter.grad, fresh_parameter.grad = gradient, gradient.clone()
-        used.step()
+        train(step, 1)
+        fresh_parameter.grad = parameter.grad.clone()
+        assert fresh_parameter.grad.any()
         fresh.step()
         torch.testing.assert_close(parameter, fresh_parameter)
 
 
-@pytest.mark.parametrize("ramp_iters", [0, 10])
-def test_weight_zero_gives_exactly_the_losses_and_weights_of_the_mean_teacher(ramp_iters):
-    distillation = SelfDistillation(weight=0.0)
-    branch = _branch(None, distillation, weight=0.0, ramp_iters=ramp_iters)
-    with_branch, without = _model(branch), _model(labels=FixedThreshold(0.9))
-    for iteration in range(4):
-        losses = _train(with_branch, 1, iteration)
-        expected = _train(without, 1, iteration)
-        _assert_same(losses, expected)
-        assert all(losses[name] == 0 for name in losses.keys() - expected.keys())
-    for name, value in without.state_dict().items():
-        assert torch.equal(with_branch.state_dict()[name], value), name
+def test_weight_zero_gives_exactly_the_losses_and_weights_of_the_mean_teacher():
+    branch = _branch(weight=0.0, distill_weight=0.0)
+    models = [_model(branch), _model(labels=FixedThreshold(0.9))]
+    for with_branch, expected in zip(*(train(training_step(m), 4) for m in models), strict=True):
+        added = {name: v for name, v in with_branch.items() if "low_res" in name}
+        assert not any(added.values())
+        rest = with_branch.keys() - added.keys() - {"pseudo/undecided_per_image"}
+        assert {n: with_branch[n] for n in rest} == {n: expected[n] for n in rest}
+    assert added
+    for name, value in models[1].state_dict().items():
+        assert torch.equal(models[0].state_dict()[name], value), name
 
 
 def test_low_boxes_are_background_to_the_main_branch_or_ignored_by_it():
@@ -433,29 +358,26 @@ def test_low_boxes_are_background_to_the_main_branch_or_ignored_by_it():
         model.start_teacher_if_due()
         return model
 
-    scores = model(0.0).pseudo_labels(_batch().unlabeled.weak)[0].scores
+    batch = make_batch()
+    scores = model(0.0).pseudo_labels(batch.unlabeled.weak)[0].scores
     high, low = scores[:2].mean().item(), scores[2].item() - 1e-3
-    background = model(high, low, branch=_branch(None))
-    ignored = model(high, low, True, branch=_branch(None))
-    plain = model(high)
-    labels = plain.pseudo_labels(_batch().unlabeled.weak)
-    low = background.pseudo_labels(_batch().unlabeled.weak)
-    assert (len(labels[0]), len(low[0])) == (1, 3)
-    losses = [m.unsupervised_losses(_batch().unlabeled, low) for m in (background, ignored)]
-    expected = plain.unsupervised_losses(_batch().unlabeled, labels)
-    _assert_same(losses[0], expected)
-    assert losses[1]["loss_cls_unsup"] != expected["loss_cls_unsup"]
+    plain, background = model(high), model(high, low, branch=_branch())
+    ignored = model(high, low, branch=_branch())
+    ignored.pseudo_label_filter.drops_undecided = False
+    expected, dropped, kept = (m(batch) for m in (plain, background, ignored))
+    assert plain.metrics["pseudo/undecided_per_image"] == 0
+    assert background.metrics["pseudo/undecided_per_image"] >= 1
+    _assert_same(dropped, expected)
+    assert kept["loss_cls_unsup"] != expected["loss_cls_unsup"]
     for name in ("loss_cls_low_res_unsup", "loss_box_reg_low_res_unsup", "loss_distill_unsup"):
-        assert losses[0][name] == losses[1][name] > 0
+        assert dropped[name] == kept[name] > 0
 
 
 def test_losses_are_part_of_the_unsupervised_weight():
-    models = [_model(_branch(None), unsup_loss_weight=w) for w in (1.0, 4.0)]
-    losses = []
-    for model in models:
-        model.iteration = 1
-        model.start_teacher_if_due()
-        losses.append(model(_batch()))
+    models = [_model(_branch(), burn_in_iters=0, unsup_loss_weight=w) for w in (1.0, 4.0)]
+    assert all(model.start_teacher_if_due() for model in models)
+    losses = [model(make_batch()) for model in models]
+    assert "loss_distill_unsup" in losses[0]
     for name in losses[0]:
         factor = 4 if name.endswith("_unsup") else 1
         torch.testing.assert_close(losses[1][name], factor * losses[0][name])
@@ -463,19 +385,24 @@ def test_losses_are_part_of_the_unsupervised_weight():
 
 @pytest.mark.parametrize("saved_at", [1, 3])
 def test_resumed_run_equals_an_uninterrupted_one(saved_at):
-    whole = _model(_branch(None, ramp_iters=5), burn_in_iters=2)
-    _train(whole, saved_at)
+    whole = training_step(_model(_branch(), burn_in_iters=2))
+    train(whole, saved_at)
     file = io.BytesIO()
-    torch.save(whole.state_dict(), file)
+    torch.save([whole.model.state_dict(), whole.state_dict()], file)
     file.seek(0)
-    resumed = _model(_branch(None, seed=6, ramp_iters=5), burn_in_iters=2)
-    resumed.load_state_dict(torch.load(file, weights_only=True))
-    _assert_same(_train(resumed, 3, saved_at), _train(whole, 3, saved_at))
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
+    model_state, step_state = torch.load(file, weights_only=True)
+    resumed = training_step(_model(_branch(seed=6), burn_in_iters=2))
+    resumed.model.load_state_dict(model_state)
+    resumed.load_state_dict(step_state, "the file")
+    assert train(resumed, 3) == train(whole, 3)
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
 
 
 def test_teacher_has_nothing_of_the_branch():
-    model = _model(_branch(None))
+    model = _model(_branch())
     assert model.teacher.state_dict().keys() == FakeDetector().state_dict().keys()
-    assert any(name.startswith("low_resolution.") for name in model.state_dict())
+    assert {n for n in model.state_dict() if n.startswith("methods.")} == {
+        "methods.LSM.classifier.weight",
+        "methods.LSM.classifier.bias",
+    }

@@ -3,10 +3,7 @@ import math
 import pytest
 import torch
 
-from ssod.core.low_resolution import self_distillation_loss
-from ssod.core.self_distillation import SelfDistillation
-from ssod.core.structures import PseudoLabels, RegionSamples
-from ssod.errors import InputError
+from ssod.core.self_distillation import self_distillation_loss
 
 
 def _softmax(row):
@@ -73,104 +70,9 @@ def test_extreme_logits_stay_finite():
     assert aux.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("norm", ["sampled", "distilled"])
-def test_no_regions_give_a_zero_connected_to_both(norm):
+def test_no_regions_give_a_zero_connected_to_both():
     main, aux = torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 4, requires_grad=True)
-    loss = SelfDistillation(norm=norm).loss(main, aux, torch.zeros(0), 16)
+    loss = self_distillation_loss(main, aux, 16, torch.zeros(0))
     loss.backward()
     assert loss == 0
     assert main.grad.shape == aux.grad.shape == (0, 4)
-
-
-def test_target_decides_the_direction():
-    main, aux = _logits(5, 4)
-    weights = torch.ones(5, dtype=torch.float64)
-
-    def loss(target):
-        return SelfDistillation(target=target).loss(main, aux, weights, 5)
-
-    torch.testing.assert_close(loss("aux"), self_distillation_loss(main, aux, 5))
-    torch.testing.assert_close(loss("main"), self_distillation_loss(aux, main, 5))
-    torch.testing.assert_close(loss("both"), (loss("aux") + loss("main")) / 2)
-    assert not torch.isclose(loss("aux"), loss("main"))
-
-
-@pytest.mark.parametrize(("target", "learner"), [("aux", 0), ("main", 1)])
-def test_detached_targets_get_no_gradient_and_learners_the_same(target, learner):
-    logits = _logits(5, 4)
-    weights = torch.ones(5, dtype=torch.float64)
-    loss = SelfDistillation(target=target).loss(*logits, weights, 5)
-    detached = SelfDistillation(target=target, detach=True).loss(*logits, weights, 5)
-    assert loss == detached
-    expected = torch.autograd.grad(loss, logits[learner])[0]
-    torch.testing.assert_close(torch.autograd.grad(detached, logits[learner])[0], expected)
-    detached = SelfDistillation(target=target, detach=True).loss(*logits, weights, 5)
-    assert torch.autograd.grad(detached, logits[1 - learner], allow_unused=True) == (None,)
-
-
-def test_norm_divides_by_all_regions_or_by_those_distilled():
-    main, aux = _logits(3, 4)
-    weights = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
-    total = self_distillation_loss(main, aux, 1.0, weights)
-    sampled = SelfDistillation(norm="sampled", weight=2.0).loss(main, aux, weights, 100)
-    distilled = SelfDistillation(norm="distilled", weight=2.0).loss(main, aux, weights, 100)
-    torch.testing.assert_close(sampled, 2 * total / 100)
-    torch.testing.assert_close(distilled, 2 * total / 1.5)
-    few = SelfDistillation(norm="distilled").loss(main, aux, weights / 6, 100)
-    torch.testing.assert_close(few, total / 6 / 0.25)  # also where the weights sum to less than 1
-
-
-def _labels(weights):
-    weights = torch.tensor(weights)
-    count, zeros = len(weights), torch.zeros(len(weights))
-    probs = torch.zeros(count, 4)
-    classes = torch.zeros(count, dtype=torch.int64)
-    return PseudoLabels(
-        torch.zeros(count, 4), classes, zeros, weights, weights, probs, weights == 1
-    )
-
-
-def _samples(classes, matched, sizes):
-    rows = torch.zeros(sum(sizes), 4)
-    ones = torch.ones(len(rows))
-    boxes = list(rows.split(sizes))
-    return RegionSamples(
-        boxes, torch.tensor(classes), torch.tensor(matched), rows, ones, ones, rows
-    )
-
-
-def test_regions_are_distilled_by_how_little_the_main_branch_learns_of_their_box():
-    labels = [_labels([1.0, 0.0, 0.75]), _labels([]), _labels([0.25])]
-    # Class 3 is the background; its matches mean nothing.
-    samples = _samples([0, 1, 2, 3, 3, 0, 3], [0, 1, 2, 1, 0, 0, 0], [4, 1, 2])
-    weights = SelfDistillation().region_weights(torch.randn(7, 4), samples, labels)
-    torch.testing.assert_close(weights, torch.tensor([0.0, 1.0, 0.25, 0.0, 0.0, 0.75, 0.0]))
-
-
-def test_regions_can_be_chosen_by_the_auxiliary_score():
-    # The last column is the background, whose probability does not count.
-    probs = [[0.5, 0.1, 0.4], [0.2, 0.6, 0.2], [0.7, 0.1, 0.2], [0.2, 0.2, 0.6], [0.3, 0.6, 0.1]]
-    logits = torch.tensor(probs).log()
-    low, high = logits.softmax(1)[[0, 1], [0, 1]].tolist()
-    samples = _samples([2] * 5, [0] * 5, [5])
-
-    def chosen(*scores):
-        distillation = SelfDistillation(scores=scores)
-        return distillation.region_weights(logits, samples, [_labels([1.0])]).tolist()
-
-    assert chosen(0.55, 0.65) == [0.0, 1.0, 0.0, 0.0, 1.0]
-    assert chosen(low, high)[:2] == [0.0, 1.0]  # above the lower bound, up to the upper one
-
-
-@pytest.mark.parametrize(
-    ("argument", "value", "message"),
-    [
-        ("weight", -1.0, "SSOD.LSM.DISTILL_WEIGHT must be at least 0, got -1.0"),
-        ("weight", math.nan, "SSOD.LSM.DISTILL_WEIGHT must be at least 0, got nan"),
-        ("target", "teacher", r"SSOD.LSM.DISTILL_TARGET must be one of .*got 'teacher'"),
-        ("norm", "mean", r"SSOD.LSM.DISTILL_NORM must be one of .*got 'mean'"),
-    ],
-)
-def test_argument_out_of_range_is_refused(argument, value, message):
-    with pytest.raises(InputError, match=message):
-        SelfDistillation(**{argument: value})

@@ -3,10 +3,11 @@ import io
 
 import pytest
 import torch
-from fake_detector import LOSS_NAMES, NUM_CLASSES, FakeDetector
+from fake_detector import LOSS_NAMES, FakeDetector
+from fake_training import make_batch, train, trained, training_step
 
 from ssod.core.filters import FixedThreshold
-from ssod.core.structures import PseudoLabels, Targets, TwoStreamBatch, Views
+from ssod.core.structures import PseudoLabels
 from ssod.core.teacher_student import TeacherStudent, _describe
 
 BOX_LOSSES = {"loss_box_reg", "loss_rpn_loc"}
@@ -28,47 +29,6 @@ def _model(score_thresh=0.4, **kwargs):
     arguments = {"burn_in_iters": 2, "ema_decay": 0.75, "unsup_loss_weight": 3.0}
     labels = DownweightingFilter(score_thresh)
     return TeacherStudent(FakeDetector(), labels, **{**arguments, **kwargs})
-
-
-def _images(generator, count):
-    shape = (count, 3, 4, 4)
-    return list(torch.randint(256, shape, dtype=torch.uint8, generator=generator))
-
-
-def _batch(seed=0, unlabeled=True):
-    """Two labeled images with one and two boxes, three unlabeled ones; no two images are equal."""
-    generator = torch.Generator().manual_seed(seed)
-    targets = [
-        Targets.from_ground_truth(
-            torch.rand(count, 4, generator=generator),
-            torch.randint(NUM_CLASSES, (count,), generator=generator),
-            NUM_CLASSES,
-        )
-        for count in (1, 2)
-    ]
-    labeled = Views(_images(generator, 2), _images(generator, 2), targets, [1, 2])
-    views = Views(_images(generator, 3), _images(generator, 3), None, [3, 4, 5])
-    return TwoStreamBatch(labeled, views if unlabeled else None, [])
-
-
-def _optimizer(model):
-    return torch.optim.SGD(model.student.parameters(), lr=0.02, momentum=0.9)
-
-
-def _step(model, optimizer, batch):
-    losses = model(batch)
-    optimizer.zero_grad()
-    sum(losses.values()).backward()
-    optimizer.step()
-    model.after_step()
-    return {name: loss.detach() for name, loss in losses.items()}
-
-
-def _train(model, iterations):
-    optimizer = _optimizer(model)
-    for iteration in range(iterations):
-        _step(model, optimizer, _batch(iteration))
-    return model
 
 
 def _state(module):
@@ -100,8 +60,8 @@ def _pseudo_targets(model, images):
 @pytest.mark.parametrize("unlabeled", [True, False])
 def test_burn_in_learns_labeled_images_alone(unlabeled):
     model = _model()
-    losses = model(_batch(unlabeled=unlabeled))
-    labeled = _batch().labeled
+    losses = model(make_batch(unlabeled=unlabeled))
+    labeled = make_batch().labeled
     expected = _detector_losses(
         _model().student, labeled.strong + labeled.weak, labeled.targets * 2
     )
@@ -113,19 +73,19 @@ def test_burn_in_learns_labeled_images_alone(unlabeled):
 
 @pytest.mark.parametrize("views", ["strong", "weak"])
 def test_one_view_of_labeled_images_can_be_chosen(views):
-    labeled = _batch().labeled
+    labeled = make_batch().labeled
     expected = _detector_losses(_model().student, getattr(labeled, views), labeled.targets)
-    _assert_equal(_model(labeled_views=views)(_batch()), expected)
+    _assert_equal(_model(labeled_views=views)(make_batch()), expected)
 
 
 def test_teacher_becomes_a_copy_at_the_end_of_the_burn_in_and_not_before():
     model = _model(burn_in_iters=2)
     initial = _state(model.teacher)
-    optimizer = _optimizer(model)
-    _step(model, optimizer, _batch(0))
+    step = training_step(model)
+    train(step, 1)
     assert not model.teacher_started
     _assert_equal(_state(model.teacher), initial)
-    _step(model, optimizer, _batch(1))
+    train(step, 1)
     assert model.teacher_started
     assert not torch.equal(model.student.body.weight, initial["body.weight"])
     _assert_equal(_state(model.teacher), _state(model.student))
@@ -133,11 +93,12 @@ def test_teacher_becomes_a_copy_at_the_end_of_the_burn_in_and_not_before():
 
 @pytest.mark.parametrize("unsup_loss_weight", [0.0, 3.0])
 def test_teacher_follows_the_ema_recurrence_after_the_burn_in(unsup_loss_weight):
-    model = _train(_model(burn_in_iters=1, unsup_loss_weight=unsup_loss_weight), 1)
+    model = _model(burn_in_iters=1, unsup_loss_weight=unsup_loss_weight)
+    step = training_step(model)
+    train(step, 1)
     expected = {name: tensor.double() for name, tensor in _state(model.teacher).items()}
-    optimizer = _optimizer(model)
-    for iteration in range(1, 5):
-        _step(model, optimizer, _batch(iteration))
+    for _ in range(4):
+        train(step, 1)
         for name, tensor in _state(model.student).items():
             expected[name] = 0.75 * expected[name] + 0.25 * tensor.double()
     counter = "norm.num_batches_tracked"
@@ -147,8 +108,8 @@ def test_teacher_follows_the_ema_recurrence_after_the_burn_in(unsup_loss_weight)
 
 
 def test_unsupervised_losses_use_the_weak_view_of_the_teacher_and_the_strong_of_the_student():
-    model = _train(_model(unsup_box_losses=True), 5)
-    batch = _batch(5)
+    model = trained(_model(unsup_box_losses=True), 5)
+    batch = make_batch(5)
     targets = _pseudo_targets(model, batch.unlabeled.weak)
     assert sum(len(t) for t in targets) > 0
     # The labeled forward comes first; batch norm in train mode does not depend on its statistics.
@@ -161,8 +122,8 @@ def test_unsupervised_losses_use_the_weak_view_of_the_teacher_and_the_strong_of_
 
 @pytest.mark.parametrize("unsup_box_losses", [False, True])
 def test_losses_sum_to_the_objective(unsup_box_losses):
-    model = _train(_model(unsup_box_losses=unsup_box_losses), 3)
-    batch = _batch(3)
+    model = trained(_model(unsup_box_losses=unsup_box_losses), 3)
+    batch = make_batch(3)
     labeled, unlabeled = batch.labeled, batch.unlabeled
     reference = copy.deepcopy(model.student)
 
@@ -184,17 +145,17 @@ def test_losses_sum_to_the_objective(unsup_box_losses):
 
 
 def test_weight_zero_needs_no_unlabeled_images_and_ignores_them():
-    models = [_train(_model(unsup_loss_weight=0.0), 3) for _ in range(2)]
-    losses = [m(_batch(3, unlabeled=u)) for m, u in zip(models, (True, False), strict=True)]
+    models = [trained(_model(unsup_loss_weight=0.0), 3) for _ in range(2)]
+    losses = [m(make_batch(3, unlabeled=u)) for m, u in zip(models, (True, False), strict=True)]
     assert losses[0].keys() == LOSS_NAMES
     _assert_equal(losses[0], losses[1])
     assert models[0].metrics == {}
 
 
 def test_missing_unlabeled_images_are_reported():
-    model = _train(_model(burn_in_iters=1), 1)
+    model = trained(_model(burn_in_iters=1), 1)
     with pytest.raises(ValueError, match="iteration 1 is past SSOD.BURN_IN_ITERS 1 and needs"):
-        model(_batch(unlabeled=False))
+        model(make_batch(unlabeled=False))
 
 
 @pytest.mark.parametrize("mode", [True, False])
@@ -207,9 +168,9 @@ def test_teacher_stays_in_eval_mode_and_the_rest_follows(mode):
 
 
 def test_a_forward_pass_changes_nothing_of_the_teacher():
-    model = _train(_model(), 3)
+    model = trained(_model(), 3)
     before = _state(model.teacher)
-    sum(model(_batch(3)).values()).backward()
+    sum(model(make_batch(3)).values()).backward()
     _assert_equal(_state(model.teacher), before)
     assert not any(p.requires_grad or p.grad is not None for p in model.teacher.parameters())
     assert all(p.grad is not None for p in model.student.parameters())
@@ -221,46 +182,50 @@ def test_with_burn_in_zero_weights_loaded_after_construction_reach_the_teacher()
         for parameter in model.student.parameters():
             parameter += 0.125
     weights = _state(model.student)
-    losses = model(_batch())
-    assert "loss_cls_unsup" in losses
+    assert model.start_teacher_if_due()
     _assert_equal(_state(model.teacher), weights)
+    assert "loss_cls_unsup" in model(make_batch())
+    assert not model.start_teacher_if_due()
+
+
+def test_a_teacher_that_has_not_started_is_reported():
+    with pytest.raises(ValueError, match="has not started: call start_teacher_if_due before"):
+        _model(burn_in_iters=0)(make_batch())
 
 
 @pytest.mark.parametrize("saved_at", [1, 3, 5])
 def test_resumed_run_equals_an_uninterrupted_one(saved_at):
-    whole = _model(burn_in_iters=3)
-    optimizer = _optimizer(whole)
-    for iteration in range(saved_at):
-        _step(whole, optimizer, _batch(iteration))
+    whole = training_step(_model(burn_in_iters=3))
+    train(whole, saved_at)
     file = io.BytesIO()
-    torch.save([whole.state_dict(), optimizer.state_dict()], file)
+    torch.save([whole.model.state_dict(), whole.state_dict()], file)
     file.seek(0)
-    model_state, optimizer_state = torch.load(file, weights_only=True)
+    model_state, step_state = torch.load(file, weights_only=True)
 
-    resumed = _model(burn_in_iters=3)
-    resumed.load_state_dict(model_state)
-    resumed_optimizer = _optimizer(resumed)
-    resumed_optimizer.load_state_dict(optimizer_state)
-    assert (resumed.iteration, resumed.teacher_started) == (saved_at, saved_at >= 3)
-    for iteration in range(saved_at, 7):
-        expected = _step(whole, optimizer, _batch(iteration))
-        _assert_equal(_step(resumed, resumed_optimizer, _batch(iteration)), expected)
-        _assert_equal(resumed.state_dict(), whole.state_dict())
+    resumed = training_step(_model(burn_in_iters=3))
+    resumed.model.load_state_dict(model_state)
+    resumed.load_state_dict(step_state, "the file")
+    model = resumed.model
+    assert (model.iteration, model.teacher_started) == (saved_at, saved_at >= 3)
+    for _ in range(saved_at, 7):
+        assert train(resumed, 1) == train(whole, 1)
+        _assert_equal(model.state_dict(), whole.model.state_dict())
 
 
 def test_resuming_past_a_shortened_burn_in_copies_the_student_first():
     model = _model(burn_in_iters=1)
-    model.load_state_dict(_train(_model(burn_in_iters=10), 2).state_dict())
+    model.load_state_dict(trained(_model(burn_in_iters=10), 2).state_dict())
     assert not model.teacher_started
     student = _state(model.student)
-    losses = model(_batch(2))
-    assert "loss_cls_unsup" in losses
+    training_step(model).prepare()
+    assert model.teacher_started
     _assert_equal(_state(model.teacher), student)
+    assert "loss_cls_unsup" in model(make_batch(2))
 
 
 def test_metrics_describe_the_pseudo_labels():
-    model = _train(_model(), 4)
-    batch = _batch(4)
+    model = trained(_model(), 4)
+    batch = make_batch(4)
     labels = model.pseudo_labels(batch.unlabeled.weak)
     scores = [score for label in labels for score in label.scores.tolist()]
     assert scores
@@ -291,8 +256,8 @@ def test_metrics_leave_undecided_boxes_out():
 
 
 def test_without_pseudo_labels_losses_and_metrics_are_finite():
-    model = _train(_model(score_thresh=1.0, unsup_box_losses=True), 3)
-    losses = model(_batch(3))
+    model = trained(_model(score_thresh=1.0, unsup_box_losses=True), 3)
+    losses = model(make_batch(3))
     sum(losses.values()).backward()
     assert all(loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in model.student.parameters())

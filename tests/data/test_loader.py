@@ -214,7 +214,7 @@ def test_bad_batch_sizes(make_dataset):
 
 
 def _batch(num_images, failed):
-    views = Views([torch.zeros(3, 1, 1)] * num_images, [], [], [])
+    views = Views([], [], [], list(range(num_images)))
     return TwoStreamBatch(views, None, failed)
 
 
@@ -223,12 +223,12 @@ def test_too_many_failures_stop_the_training(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(9):
             counter.update(_batch(9, ["x.jpg"]))
-            counter.check()  # too few were drawn to tell
+            counter.check(counter.num_failed, counter.num_drawn)  # too few were drawn to tell
     assert len(caplog.messages) == 1
     counter.update(_batch(9, ["a.jpg"]))
     message = r"10 of 100 images drawn \(10\.0%\).* files such as a\.jpg: .*MAX_FAILED_SHARE"
     with pytest.raises(InputError, match=message):
-        counter.check()
+        counter.check(counter.num_failed, counter.num_drawn)
 
 
 def test_failures_of_all_ranks_count_together():
@@ -245,11 +245,11 @@ def test_few_failures_are_tolerated():
     counter = FailedImages(max_share=0.05)
     for _ in range(40):
         counter.update(_batch(38, ["x.jpg", "y.jpg"]))  # exactly the share
-        counter.check()
+        counter.check(counter.num_failed, counter.num_drawn)
     counter = FailedImages(max_share=0.0)
     for _ in range(5):
         counter.update(_batch(40, []))
-        counter.check()
+        counter.check(counter.num_failed, counter.num_drawn)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -40,13 +40,13 @@ def _model(state):
     return {n: v for n, v in state["model"].items() if n != "_extra_state"}
 
 
-def test_branch_is_trained_and_its_regions_are_counted_apart(output):
+def test_regions_of_the_branch_are_counted_apart(output):
     lines = [line for line in read_metrics(output) if "loss_distill_unsup" in line]
     assert len(lines) == MAX_ITER - BURN_IN_ITERS
     assert all(any(line[name] > 0 for line in lines) for name in LOSSES)
     # Nothing is reliable, so there are objects for the second branch alone.
     assert all(line["unsup/roi_head/num_fg_samples"] == 0 for line in lines)
-    assert any(line["unsup_low_res/roi_head/num_fg_samples"] > 0 for line in lines)
+    assert any(line["unsup_lsm/roi_head/num_fg_samples"] > 0 for line in lines)
 
 
 def test_resumed_run_equals_an_uninterrupted_one(output, shapes, tmp_path):
@@ -64,7 +64,7 @@ def test_export_leaves_the_branch_out(output, shapes, tmp_path):
     cfg.merge_from_file(str(tmp_path / "config.yaml"))
     assert exported.keys() == build_model(cfg).state_dict().keys()
     saved = read_checkpoint(output / "model_final.pth")["model"]
-    assert any(name.startswith("low_resolution.") for name in saved)
+    assert any(name.startswith("methods.LSM.") for name in saved)
     assert all(torch.equal(value, saved[f"teacher.{name}"]) for name, value in exported.items())
 
 
@@ -79,7 +79,7 @@ def test_run_is_evaluated_by_a_config_without_the_branch(output, shapes, tmp_pat
     keys[keys.index("SSOD.DATA.VAL_JSON") :] = ["SSOD.LSM.ENABLED", False]
     path = str(output / "model_final.pth")
     without = Run(tiny_config(shapes, tmp_path, *keys), path, for_training=False)
-    assert without.model.low_resolution is None
+    assert not without.model.methods
     assert "bbox" in without.evaluate()["teacher"]
 
 
@@ -95,6 +95,7 @@ def test_every_parameter_gets_a_gradient(shapes, tmp_path, head, burn_in_iters, 
     images = [torch.randint(256, (3, 64, 64), dtype=torch.uint8)]
     boxes = torch.tensor([[4.0, 6.0, 40.0, 50.0]])
     targets = [Targets.from_ground_truth(boxes, torch.tensor([1]), 6)]
+    model.start_teacher_if_due()
     batch = TwoStreamBatch(
         Views(images, images, targets, [1]), Views(images, images, None, [2]), []
     )
@@ -103,6 +104,6 @@ def test_every_parameter_gets_a_gradient(shapes, tmp_path, head, burn_in_iters, 
     assert (losses.keys() >= LOSSES) == (burn_in_iters == 0)
     sum(losses.values()).backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert any(name.startswith("low_resolution.") for name in gradients) == (head == "aux")
+    assert any(name.startswith("methods.LSM.") for name in gradients) == (head == "aux")
     assert [name for name, gradient in gradients.items() if gradient is None] == []
     assert all(gradient.isfinite().all() for gradient in gradients.values())

@@ -234,9 +234,7 @@ def test_one_gpu_variant_takes_the_share_of_each_gpu_in_every_pass():
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != ONE_GPU])
 def test_scaling_keeps_learning_rate_an_image_and_images_seen(name, world_size):
-    cfg = _config(name).clone()
-    cfg.SSOD.LSM.defrost()
-    cfg.SSOD.LSM.RAMP_ITERS = 1600
+    cfg = _config(name)
     scaled = scale_to_world_size(cfg, world_size)
     factor = world_size / 8
 
@@ -250,8 +248,9 @@ def test_scaling_keeps_learning_rate_an_image_and_images_seen(name, world_size):
             "burn-in": cfg.SSOD.BURN_IN_ITERS * labeled,
             "evaluation": cfg.TEST.EVAL_PERIOD * labeled,
             "checkpoint": solver.CHECKPOINT_PERIOD * labeled,
-            "ramp": cfg.SSOD.LSM.RAMP_ITERS * labeled,
             "decay": math.log(cfg.SSOD.EMA_DECAY) / labeled,
+            "sweeps": cfg.SSOD.FILTER.REFRESH_PERIOD * labeled,
+            "statistics": math.log(cfg.SSOD.FILTER.EMA_DECAY) / labeled,
         }
 
     assert scaled.SOLVER.IMS_PER_BATCH == cfg.SOLVER.IMS_PER_BATCH * factor

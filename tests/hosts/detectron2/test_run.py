@@ -8,9 +8,9 @@ import torch
 from detectron2.engine import HookBase
 
 from ssod.errors import InputError
-from ssod.hosts.checkpoint import read_checkpoint
+from ssod.hosts.checkpoint import is_run_checkpoint, read_checkpoint
 from ssod.hosts.detectron2.launch import format_results
-from ssod.hosts.detectron2.run import Run, find_checkpoint, is_run_checkpoint
+from ssod.hosts.detectron2.run import Run, find_checkpoint
 from ssod.hosts.metric_log import read_metrics
 from tiny_detectron2 import tiny_config
 from tiny_run import EVAL_PERIOD, MAX_ITER, differences
@@ -212,8 +212,8 @@ def test_checkpoint_of_another_model_or_optimizer_is_refused(output, shapes, tmp
     path = str(output / "model_final.pth")
     with pytest.raises(InputError, match="model_final.pth: checkpoint of another architecture"):
         Run(tiny_config(shapes, tmp_path, "MODEL.ROI_BOX_HEAD.FC_DIM", 16), path)
-    with pytest.raises(InputError, match="optimizer is SGD, but SSOD.OPTIMIZER asks for AdamW"):
-        Run(tiny_config(shapes, tmp_path, "SSOD.OPTIMIZER", "AdamW"), path).train()
+    with pytest.raises(InputError, match="does not fit: it is SGD, SSOD.OPTIMIZER asks for AdamW"):
+        Run(tiny_config(shapes, tmp_path, "SSOD.OPTIMIZER", "AdamW"), path)
     torch.save({"model": {}}, tmp_path / "half.pth")
     with pytest.raises(InputError, match="half.pth: not a checkpoint of a run"):
         Run(tiny_config(shapes, tmp_path), str(tmp_path / "half.pth"))
@@ -262,7 +262,8 @@ def test_weights_of_a_run_start_another(output, shapes, tmp_path):
     assert is_run_checkpoint(str(path))
     run = Run(tiny_config(shapes, tmp_path, "MODEL.WEIGHTS", path))
     teacher = read_checkpoint(path)["model"]["teacher.backbone.fpn_lateral2.weight"]
-    assert torch.equal(run.model.student.backbone.fpn_lateral2.weight, teacher)
+    for detector in (run.model.student, run.model.teacher):
+        assert torch.equal(detector.backbone.fpn_lateral2.weight, teacher)
     assert run.model.iteration == 0
 
 

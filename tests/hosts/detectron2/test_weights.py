@@ -88,9 +88,9 @@ def _caffe2_name(name):
 
 
 def _assert_loaded(model, expected):
-    """Student and teacher hold `expected`, and nothing has started."""
-    for detector in (model.student, model.teacher):
-        assert differences(dict(detector.state_dict()), dict(expected)) == []
+    """The student holds `expected`, and nothing has started."""
+    detector = model.student
+    assert differences(dict(detector.state_dict()), dict(expected)) == []
     assert model.iteration == 0 and not model.teacher_started
 
 
@@ -109,7 +109,7 @@ def test_a_run_gives_its_teacher_or_before_that_its_student(build, write, starte
     source.iteration, source.teacher_started = 7, started
     path = write({"model": source.state_dict(), "iteration": 7, "trainer": {}}, "run.pth")
     model = build(seed=1)
-    load_weights(model, path)
+    load_weights(model.student, path)
     _assert_loaded(model, (source.teacher if started else source.student).state_dict())
 
 
@@ -129,7 +129,7 @@ def test_a_detector_fills_every_weight(build, write, name, wrap):
         "pixel_std": torch.ones(3, 1, 1),
         "proposal_generator.anchor_generator.cell_anchors.0": torch.zeros(3, 4),
     }
-    load_weights(model, write(wrap(state | old), name))
+    load_weights(model.student, write(wrap(state | old), name))
     _assert_loaded(model, state)
 
 
@@ -137,8 +137,8 @@ def test_a_detector_fills_every_weight(build, write, name, wrap):
 def test_batch_counters_are_not_needed(build, write, source, target):
     state = build("MODEL.RESNETS.NORM", source, seed=1).student.state_dict()
     model = build("MODEL.RESNETS.NORM", target)
-    load_weights(model, write({"model": state}, "norm.pth"))
-    for name, value in model.teacher.state_dict().items():
+    load_weights(model.student, write({"model": state}, "norm.pth"))
+    for name, value in model.student.state_dict().items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(value, state[name]), name
 
@@ -147,7 +147,7 @@ def test_files_of_before_pytorch_1_6_are_read(build, tmp_path):
     model = build()
     state = _random_state(model.student)
     torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    load_weights(model, str(tmp_path / "old.pth"))
+    load_weights(model.student, str(tmp_path / "old.pth"))
     _assert_loaded(model, state)
 
 
@@ -169,7 +169,7 @@ def test_a_detector_that_does_not_match_is_refused_and_changes_nothing(build, wr
     (name,) = map(re.escape, changes)
     message = rf"other.pth: .*another architecture \(1 mismatches\): {name} .* Use the config"
     with pytest.raises(InputError, match=message):
-        load_weights(model, path)
+        load_weights(model.student, path)
     assert differences(dict(model.state_dict()), initial) == []
 
 
@@ -178,7 +178,7 @@ def test_a_detector_for_other_classes_fills_all_but_the_box_predictor(build, wri
     kept = {n: v for n, v in _copy(model.student.state_dict()).items() if n.startswith(PREDICTOR)}
     assert len(kept) == 4
     with caplog.at_level("INFO"):
-        load_weights(model, write({"model": source.student.state_dict()}, "coco.pth"))
+        load_weights(model.student, write({"model": source.student.state_dict()}, "coco.pth"))
     _assert_loaded(model, dict(source.student.state_dict()) | kept)
     assert "coco.pth: box predictor is for other classes and starts anew" in caplog.text
 
@@ -201,7 +201,7 @@ def test_a_backbone_with_names_of_caffe2(build, write, norm):
         "fc1000_w": np.zeros((9, 2)),
         "fc1000_b": np.zeros(9),
     }
-    load_weights(model, write(content, "R-50.pkl"))
+    load_weights(model.student, write(content, "R-50.pkl"))
     _assert_backbone_loaded(model, initial, expected)
 
 
@@ -224,7 +224,7 @@ def test_a_backbone_of_caffe2_with_folded_norms(build, write, wrap):
     model = build(*NARROW_50, "MODEL.RESNETS.NORM", "FrozenBN")
     initial = _copy(model.student.state_dict())
     content, expected = _folded(model.student.backbone.bottom_up)
-    load_weights(model, write(wrap(content), "X-50.pkl"))
+    load_weights(model.student, write(wrap(content), "X-50.pkl"))
     _assert_backbone_loaded(model, initial, expected)
 
 
@@ -233,7 +233,7 @@ def test_folded_norms_need_frozen_ones(build, write, norm):
     model = build(*NARROW_50, "MODEL.RESNETS.NORM", norm)
     content, _ = _folded(model.student.backbone.bottom_up)
     with pytest.raises(InputError, match="X-50.pkl: its batch norms are folded .*FrozenBN"):
-        load_weights(model, write(content, "X-50.pkl"))
+        load_weights(model.student, write(content, "X-50.pkl"))
 
 
 def test_group_norms_of_caffe2_are_no_folded_batch_norms(build, write):
@@ -241,7 +241,7 @@ def test_group_norms_of_caffe2_are_no_folded_batch_norms(build, write):
     content, _ = _folded(model.student.backbone.bottom_up)
     content = {name.replace("_bn_", "_gn_"): value for name, value in content.items()}
     with pytest.raises(InputError, match=r"R-50-GN.pkl: .*running_mean is missing.* MODEL.RESNETS"):
-        load_weights(model, write(content, "R-50-GN.pkl"))
+        load_weights(model.student, write(content, "R-50-GN.pkl"))
 
 
 def _converted(resnet):
@@ -271,7 +271,7 @@ def test_a_backbone_converted_from_torchvision(build, write, resnet, norm):
     own = model.student.backbone.bottom_up.state_dict().keys()
     expected = {n: torch.tensor(v) for n, v in content["model"].items() if n in own}
     assert ("stem.conv1.norm.num_batches_tracked" in expected) == (norm == "BN")
-    load_weights(model, write(content, "r18.pkl"))
+    load_weights(model.student, write(content, "r18.pkl"))
     _assert_backbone_loaded(model, initial, expected)
 
 
@@ -292,14 +292,14 @@ def test_a_backbone_that_does_not_match_is_refused(build, write, resnet, name, m
     model = build("MODEL.RESNETS.NORM", "FrozenBN")
     initial = _copy(model.state_dict())
     with pytest.raises(InputError, match=f"r18.pkl: .*{message}"):
-        load_weights(model, write(content, "r18.pkl"))
+        load_weights(model.student, write(content, "r18.pkl"))
     assert differences(dict(model.state_dict()), initial) == []
 
 
 def test_a_backbone_of_another_depth_is_refused(build, write, resnet):
     model = build("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RESNETS.DEPTH", 34)
     with pytest.raises(InputError, match="res2.2.conv1.weight is missing. .* MODEL.RESNETS"):
-        load_weights(model, write(_converted(resnet), "r18.pkl"))
+        load_weights(model.student, write(_converted(resnet), "r18.pkl"))
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4, 5])
@@ -308,8 +308,8 @@ def test_arrays_of_every_pickle_protocol_are_read(build, resnet, tmp_path, proto
     content = _converted(resnet)
     content["model"]["stem.conv1.norm.num_batches_tracked"] = np.int64(3)
     (tmp_path / "r18.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
-    load_weights(model, str(tmp_path / "r18.pkl"))
-    stem = model.teacher.backbone.bottom_up.stem.conv1
+    load_weights(model.student, str(tmp_path / "r18.pkl"))
+    stem = model.student.backbone.bottom_up.stem.conv1
     assert torch.equal(stem.weight, resnet.conv1.weight)
     assert stem.norm.num_batches_tracked == 3
 
@@ -318,7 +318,7 @@ def test_modules_of_numpy_1_are_known(build, resnet, tmp_path):
     text = pickle.dumps(_converted(resnet), protocol=2).replace(b"numpy._core", b"numpy.core")
     (tmp_path / "r18.pkl").write_bytes(text)
     model = build("MODEL.RESNETS.NORM", "FrozenBN")
-    load_weights(model, str(tmp_path / "r18.pkl"))
+    load_weights(model.student, str(tmp_path / "r18.pkl"))
     assert torch.equal(model.student.backbone.bottom_up.stem.conv1.weight, resnet.conv1.weight)
 
 
@@ -331,7 +331,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(build, write, tmp_path, nested)
     weights = np.array([Attack()], dtype=object) if nested else Attack()
     path = write({"model": {"stem.conv1.weight": weights}, "__author__": "me"}, "attack.pkl")
     with pytest.raises(InputError, match="attack.pkl: .* wants to run posix.mkdir; it was not run"):
-        load_weights(build(), path)
+        load_weights(build().student, path)
     assert not (tmp_path / "attacked").exists()
 
 
@@ -343,7 +343,7 @@ def test_truncated_file(build, write, resnet, name, kept):
     with open(path, "r+b") as file:
         file.truncate(int(kept * os.path.getsize(path)))
     with pytest.raises(InputError, match=f"{name}: n.*that can be read .*truncated") as error:
-        load_weights(build(), path)
+        load_weights(build().student, path)
     assert "\n" not in str(error.value)
 
 
@@ -363,12 +363,12 @@ def test_truncated_file(build, write, resnet, name, kept):
 )
 def test_a_file_of_another_kind_gets_one_line(build, write, content, message):
     with pytest.raises(InputError, match=f"other.pkl: {message}"):
-        load_weights(build(), write(content, "other.pkl"))
+        load_weights(build().student, write(content, "other.pkl"))
 
 
 def test_a_resnet_of_torchvision_is_sent_to_the_converter(build, write, resnet):
     with pytest.raises(InputError, match="got .* weights .*convert-torchvision-to-d2.py"):
-        load_weights(build(), write(resnet.state_dict(), "resnet18.pth"))
+        load_weights(build().student, write(resnet.state_dict(), "resnet18.pth"))
 
 
 @pytest.mark.parametrize(
@@ -381,9 +381,9 @@ def test_a_resnet_of_torchvision_is_sent_to_the_converter(build, write, resnet):
 def test_a_file_that_is_not_there(build, path, message, monkeypatch, tmp_path):
     monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
     with pytest.raises(InputError, match=message):
-        load_weights(build(), path)
+        load_weights(build().student, path)
 
 
 def test_a_folder_is_no_file_of_weights(build, tmp_path):
     with pytest.raises(InputError, match=r"cannot be read \(Is a directory\); set MODEL.WEIGHTS"):
-        load_weights(build(), str(tmp_path))
+        load_weights(build().student, str(tmp_path))

@@ -9,8 +9,16 @@ from ssod.core.adaptive_threshold import class_thresholds
 from ssod.hosts.inference import find
 from ssod.hosts.metric_log import read_metrics
 from ssod.hosts.sweep import sweep_if_due
-from ssod.hosts.torchvision.loop import Trainer
-from tiny_run import BURN_IN_ITERS, MAX_ITER, differences, read_lines, read_state, tiny_config
+from ssod.hosts.torchvision.run import Run
+from tiny_run import (
+    BURN_IN_ITERS,
+    MAX_ITER,
+    differences,
+    read_lines,
+    read_state,
+    resume,
+    tiny_config,
+)
 
 FILTERS = {
     "queue": ("SSOD.FILTER.NAME", "AdaptiveClassThreshold", "SSOD.FILTER.QUEUE_IMAGES", 64),
@@ -32,7 +40,7 @@ def finished(request, shapes, tmp_path_factory):
     """Name, config overrides and folder of a finished run."""
     output = tmp_path_factory.mktemp(request.param) / "run"
     overrides = (*FILTERS[request.param], "SSOD.DATA.VAL_JSON", "")
-    Trainer(tiny_config(shapes, output, *overrides)).train()
+    Run(tiny_config(shapes, output, *overrides)).train()
     yield request.param, overrides, output
     shutil.rmtree(output)
 
@@ -41,7 +49,7 @@ def test_state_of_the_filter_is_logged_and_saved(finished, shapes, tmp_path):
     name, overrides, output = finished
     values = [line[STATE[name]] for line in read_metrics(output) if STATE[name] in line]
     assert len(values) == 2 and all(0 < value < 1 for value in values)
-    fresh = Trainer(tiny_config(shapes, tmp_path, *overrides)).model.pseudo_label_filter
+    fresh = Run(tiny_config(shapes, tmp_path, *overrides)).model.pseudo_label_filter
     saved = read_state(output)["model"]
     buffers = dict(fresh.named_buffers())
     changed = {
@@ -53,8 +61,8 @@ def test_state_of_the_filter_is_logged_and_saved(finished, shapes, tmp_path):
 @pytest.mark.parametrize("left", [1, 2])  # a sweep is due at one of them, not at the other
 def test_resumed_run_equals_an_uninterrupted_one(finished, left, shapes, tmp_path):
     _, overrides, output = finished
-    Trainer(tiny_config(shapes, tmp_path, *overrides, "SOLVER.MAX_ITER", MAX_ITER - left)).train()
-    Trainer(tiny_config(shapes, tmp_path, *overrides), resume=True).train()
+    Run(tiny_config(shapes, tmp_path, *overrides, "SOLVER.MAX_ITER", MAX_ITER - left)).train()
+    resume(tiny_config(shapes, tmp_path, *overrides)).train()
     assert differences(read_state(tmp_path), read_state(output)) == []
     assert differences(read_lines(tmp_path)[-1], read_lines(output)[-1]) == []
 
@@ -65,7 +73,7 @@ def test_filters_can_be_exchanged_during_a_run(finished, first_run, shapes, tmp_
     folder = shutil.copytree(first_run, tmp_path / "run")
     keys = (*overrides, "SOLVER.MAX_ITER", MAX_ITER + 1)
     with caplog.at_level("INFO"):
-        trainer = Trainer(tiny_config(shapes, folder, *keys), resume=True)
+        trainer = resume(tiny_config(shapes, folder, *keys))
     assert any("another pseudo-label filter" in message for message in caplog.messages)
     saved = read_state(first_run)["model"]
     own = trainer.model.state_dict()
@@ -76,7 +84,7 @@ def test_filters_can_be_exchanged_during_a_run(finished, first_run, shapes, tmp_
 
 def test_a_sweep_computes_the_thresholds_of_its_sample(shapes, tmp_path):
     keys = ("SSOD.FILTER.SWEEP_IMAGES", 10**6, "SSOD.FILTER.RELIABLE_FRACTION", 0.5)
-    trainer = Trainer(tiny_config(shapes, tmp_path, *FILTERS["sweep"], *keys))
+    trainer = Run(tiny_config(shapes, tmp_path, *FILTERS["sweep"], *keys))
     model, data = trainer.model, trainer.data
     sweep_if_due(model, data, trainer.cfg, trainer.device)
     assert not model.pseudo_label_filter.has_thresholds  # still in the burn-in
@@ -110,7 +118,7 @@ def test_a_sweep_leaves_broken_images_out(shapes, tmp_path):
     images = shutil.copytree(shapes / "images", tmp_path / "images")
     keys = ("SSOD.DATA.UNLABELED_IMAGES", images, "SSOD.FILTER.SWEEP_IMAGES", 10**6)
     keys += ("SSOD.DATA.UNLABELED_TRUTH_JSON", "")
-    trainer = Trainer(tiny_config(shapes, tmp_path / "run", *FILTERS["sweep"], *keys))
+    trainer = Run(tiny_config(shapes, tmp_path / "run", *FILTERS["sweep"], *keys))
     with open(trainer.data.unlabeled.file_names[0], "wb") as file:
         file.write(b"no image")
     trainer.model.iteration = BURN_IN_ITERS

@@ -5,19 +5,31 @@ import torch
 
 from ssod.core.structures import PseudoLabels
 from ssod.hosts import monitor
-from ssod.hosts.monitor import WeightAlarm, divide_sums, monitor_pseudo_labels
-from ssod.hosts.torchvision.loop import Trainer
+from ssod.hosts.metric_window import MetricWindow
+from ssod.hosts.monitor import WeightAlarm, monitor_pseudo_labels
+from ssod.hosts.torchvision.run import Run
 from tiny_run import BURN_IN_ITERS, tiny_config
 
 LONG = WeightAlarm.PATIENCE
+
+
+def _read(sums, iterations=1):
+    """The metrics of some iterations with these sums an image."""
+    window = MetricWindow()
+    for _ in range(iterations):
+        window.add({f"pseudo/{k}_per_image": torch.tensor(v) for k, v in sums.items()})
+        window.add_flag(torch.tensor(True))
+    values, finite, counts = window.read([2, 3], {"seconds": 0.5})
+    assert (values.pop("seconds"), finite, counts) == (0.5, [True] * iterations, [2, 3])
+    return values
 
 
 def _warnings(caplog, alarm, lines):
     """Messages for lines of (boxes per image, their mean weight), 20 iterations apart."""
     with caplog.at_level(logging.WARNING):
         for index, (num, weight) in enumerate(lines):
-            sums = {"pseudo/num_per_image": num, "pseudo/weight_per_image": num * weight}
-            alarm.update(20 * index, divide_sums(sums | {"pseudo/score_per_image": num}))
+            sums = {"num": num, "weight": num * weight, "score": num}
+            alarm.update(20 * index, _read(sums))
     return caplog.messages
 
 
@@ -53,20 +65,41 @@ def test_a_filter_that_keeps_nothing_is_told(caplog):
     assert "do not exist" in message
 
 
+def test_mean_score_and_weight_are_those_of_boxes():
+    values = _read({"num": 2.0, "weight": 0.5, "score": 1.5}, iterations=3)
+    assert values == {
+        "pseudo/num_per_image": 2.0,
+        "pseudo/mean_weight": 0.25,
+        "pseudo/mean_score": 0.75,
+    }
+    assert _read({"num": 0.0, "weight": 0.0, "score": 0.0}) == {"pseudo/num_per_image": 0.0}
+
+
+def test_a_window_means_over_finite_values_and_forgets_them():
+    window = MetricWindow()
+    for value, is_finite in ((1.0, True), (float("inf"), False), (4.0, True)):
+        window.add({"loss": torch.tensor(value)})
+        window.add_flag(torch.tensor(is_finite))
+    values, finite, _ = window.read([], {})
+    assert (values, finite) == ({"loss": 2.5}, [True, False, True])
+    window.add({"loss": torch.tensor(7.0)})
+    window.add_flag(torch.tensor(True))
+    assert window.read([], {})[:2] == ({"loss": 7.0}, [True])
+
+
 def test_the_burn_in_has_no_pseudo_labels():
-    assert divide_sums({"loss_cls": 1.0}) == {"loss_cls": 1.0}
     WeightAlarm(is_soft=True).update(0, {"loss_cls": 1.0})
 
 
 def test_a_run_that_keeps_nothing_warns(shapes, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(WeightAlarm, "PATIENCE", 1)
     keys = ("SSOD.FILTER.SCORE_THRESH", 1.0, "SSOD.LOG_PERIOD", 1, "SSOD.DATA.VAL_JSON", "")
-    Trainer(tiny_config(shapes, tmp_path, *keys)).train()
+    Run(tiny_config(shapes, tmp_path, *keys)).train()
     assert sum("do not exist" in message for message in caplog.messages) == 1
 
 
 def test_boxes_that_are_undecided_are_not_measured(shapes, tmp_path, monkeypatch):
-    trainer = Trainer(tiny_config(shapes, tmp_path))
+    trainer = Run(tiny_config(shapes, tmp_path))
     images, model = trainer.data.hidden_truth, trainer.model
     model.iteration = BURN_IN_ITERS
     model.start_teacher_if_due()
@@ -89,7 +122,7 @@ def test_boxes_that_are_undecided_are_not_measured(shapes, tmp_path, monkeypatch
 
 def test_nothing_is_measured_until_there_are_thresholds(shapes, tmp_path):
     keys = ("SSOD.FILTER.NAME", "AdaptiveClassThreshold")
-    trainer = Trainer(tiny_config(shapes, tmp_path, *keys))
+    trainer = Run(tiny_config(shapes, tmp_path, *keys))
     images, model = trainer.data.hidden_truth, trainer.model
     model.iteration = BURN_IN_ITERS
     model.start_teacher_if_due()

@@ -1,6 +1,7 @@
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,17 +11,12 @@ from torch import nn
 from contract import torchvision_case
 from ssod.config import merge_config
 from ssod.errors import InputError
+from ssod.hosts.checkpoint import load_matching, read_checkpoint
 from ssod.hosts.torchvision.build import build_detector, build_model
 from ssod.hosts.torchvision.defaults import get_config
-from ssod.hosts.torchvision.loop import Trainer
-from ssod.hosts.torchvision.weights import (
-    CHECKPOINT_NAME,
-    load_detector_weights,
-    load_matching,
-    read_checkpoint,
-    save_checkpoint,
-)
-from tiny_run import differences, read_state, tiny_config
+from ssod.hosts.torchvision.run import CHECKPOINT_NAME, Run
+from ssod.hosts.torchvision.weights import load_weights
+from tiny_run import MAX_ITER, differences, read_state, resume, tiny_config, train
 
 
 @pytest.fixture
@@ -30,32 +26,32 @@ def model():
 
 
 @pytest.fixture
-def saved(model, tmp_path):
-    """Path of a checkpoint of the model after one step."""
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.randn(4, 3)).sum().backward()
-    optimizer.step()
-    save_checkpoint(tmp_path / "checkpoint.pth", model, optimizer, "SEED: 3", [])
-    return tmp_path / "checkpoint.pth"
+def saved(first_run, tmp_path):
+    """Path of a run's checkpoint."""
+    return Path(shutil.copy(first_run / CHECKPOINT_NAME, tmp_path))
 
 
-def test_what_was_saved_is_read(model, saved):
-    state = read_checkpoint(saved)
-    assert state["config"] == "SEED: 3"
-    assert differences(state["model"], dict(model.state_dict())) == []
-    other = torch.optim.AdamW(model.parameters())
-    other.load_state_dict(state["optimizer"])
-    assert differences(other.state_dict(), state["optimizer"]) == []
-    assert len(state["optimizer"]["state"]) == 4
-    assert os.listdir(saved.parent) == [saved.name]
+def test_what_a_run_is_at_its_end_is_saved(shapes, tmp_path):
+    run = Run(tiny_config(shapes, tmp_path, "SOLVER.MAX_ITER", 1, "SSOD.DATA.VAL_JSON", ""))
+    run.train()
+    state = read_checkpoint(tmp_path / CHECKPOINT_NAME)
+    assert differences(state["model"], dict(run.model.state_dict())) == []
+    assert differences(state["optimizer"], run.step.optimizer.state_dict()) == []
+    assert state["config"] == run.cfg.dump()
+    assert [c["name"] for c in state["categories"]] == run.data.labeled.class_names
+    assert not list(tmp_path.glob("*.partial"))
 
 
-def test_a_failure_while_saving_leaves_the_old_file(model, saved):
-    before = saved.read_bytes()
-    with pytest.raises((pickle.PicklingError, AttributeError)):
-        save_checkpoint(
-            saved, model, torch.optim.SGD(model.parameters()), config=lambda: None, categories=[]
-        )
+def test_a_failure_while_saving_leaves_the_old_file(saved, shapes, monkeypatch):
+    before, save = saved.read_bytes(), torch.save
+
+    def cut_off(state, path):
+        save({name: state[name] for name in ("config",)}, path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(shapes, saved.parent, "SOLVER.MAX_ITER", MAX_ITER + 1), resumed=True)
     assert saved.read_bytes() == before
 
 
@@ -132,13 +128,13 @@ def test_run_of_another_architecture_is_not_resumed(finished_run, shapes, key, v
     with pytest.raises(
         InputError, match=f"checkpoint.pth: .* another architecture .*: .*{message}"
     ):
-        Trainer(tiny_config(shapes, finished_run, key, value), resume=True)
+        resume(tiny_config(shapes, finished_run, key, value))
 
 
 def test_state_dict_is_not_resumed(shapes, tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / CHECKPOINT_NAME)
     with pytest.raises(InputError, match="not a checkpoint of a run; it cannot be resumed"):
-        Trainer(tiny_config(shapes, tmp_path), resume=True)
+        resume(tiny_config(shapes, tmp_path))
 
 
 def test_optimizer_over_other_parameters_is_not_resumed(finished_run, shapes, tmp_path):
@@ -146,13 +142,13 @@ def test_optimizer_over_other_parameters_is_not_resumed(finished_run, shapes, tm
     state = torch.load(tmp_path / CHECKPOINT_NAME)
     del state["optimizer"]["param_groups"][0]["params"][0]
     torch.save(state, tmp_path / CHECKPOINT_NAME)
-    with pytest.raises(InputError, match="its optimizer does not fit SSOD.OPTIMIZER 'SGD'"):
-        Trainer(tiny_config(shapes, tmp_path), resume=True)
+    with pytest.raises(InputError, match="its optimizer does not fit: .*; set SSOD.OPTIMIZER and"):
+        resume(tiny_config(shapes, tmp_path))
 
 
 def test_weights_of_a_run_are_those_of_its_teacher(finished_run, shapes, tmp_path):
     path = finished_run / CHECKPOINT_NAME
-    model = build_model(tiny_config(shapes, tmp_path, "MODEL.WEIGHTS", path))
+    model = Run(tiny_config(shapes, tmp_path, "MODEL.WEIGHTS", path)).model
     saved = read_state(finished_run)["model"]
     for copy in (model.student, model.teacher):
         state = {f"teacher.{name}": value for name, value in copy.state_dict().items()}
@@ -163,18 +159,18 @@ def test_weights_of_a_run_are_those_of_its_teacher(finished_run, shapes, tmp_pat
 
 
 def test_run_of_another_optimizer_is_not_resumed(finished_run, shapes):
-    message = "its optimizer does not fit SSOD.OPTIMIZER 'AdamW': it is of SGD"
+    message = "its optimizer does not fit: it is SGD, SSOD.OPTIMIZER asks for AdamW"
     with pytest.raises(InputError, match=message):
-        Trainer(tiny_config(shapes, finished_run, "SSOD.OPTIMIZER", "AdamW"), resume=True)
+        resume(tiny_config(shapes, finished_run, "SSOD.OPTIMIZER", "AdamW"))
 
 
 def test_weights_of_a_run_in_its_burn_in_are_those_of_its_student(shapes, tmp_path):
     model = build_model(tiny_config(shapes, tmp_path))
     with torch.no_grad():
         model.student.rpn.head.cls_logits.bias.add_(1)
-    save_checkpoint(tmp_path / "burn_in.pth", model, torch.optim.SGD(model.parameters()), "", [])
+    torch.save({"model": model.state_dict()}, tmp_path / "burn_in.pth")
     detector = build_model(tiny_config(shapes, tmp_path, "SEED", 1)).student
-    load_detector_weights(detector, tmp_path / "burn_in.pth")
+    load_weights(detector, tmp_path / "burn_in.pth")
     (tmp_path / "burn_in.pth").unlink()
     assert differences(dict(detector.state_dict()), dict(model.student.state_dict())) == []
 
@@ -185,7 +181,7 @@ def test_weights_of_torchvisions_own_model(tmp_path):
     torch.save(source.state_dict(), tmp_path / "torchvision.pth")
     detector = torchvision_case.build()
     assert differences(dict(detector.state_dict()), dict(source.state_dict())) != []
-    load_detector_weights(detector, tmp_path / "torchvision.pth")
+    load_weights(detector, tmp_path / "torchvision.pth")
     assert differences(dict(detector.state_dict()), dict(source.state_dict())) == []
 
 
@@ -198,7 +194,7 @@ def test_weights_for_other_classes_fill_all_but_the_box_predictor(caplog, tmp_pa
     initial = {n: v.clone() for n, v in detector.state_dict().items() if n.startswith(prefix)}
     torch.save(state, tmp_path / "classes.pth")
     with caplog.at_level("INFO"):
-        load_detector_weights(detector, tmp_path / "classes.pth")
+        load_weights(detector, tmp_path / "classes.pth")
     expected = dict(source.state_dict()) | initial
     assert differences(dict(detector.state_dict()), expected) == []
     assert "box predictor is for other classes" in caplog.text
@@ -212,7 +208,7 @@ def test_weights_of_a_resnet_fill_the_body_of_the_backbone(norm, tmp_path):
     keys = ["MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.RES2_OUT_CHANNELS", "64"]
     cfg = merge_config(get_config(), "", [*keys, "MODEL.RESNETS.NORM", norm])
     detector = build_detector(cfg)
-    load_detector_weights(detector, tmp_path / "resnet.pth")
+    load_weights(detector, tmp_path / "resnet.pth")
     for name, value in detector.backbone.body.state_dict().items():
         assert torch.equal(value, resnet.state_dict()[name]), name
 
@@ -220,4 +216,4 @@ def test_weights_of_a_resnet_fill_the_body_of_the_backbone(norm, tmp_path):
 def test_weights_of_another_resnet_are_refused(tmp_path):
     torch.save(torchvision.models.resnet34(weights=None).state_dict(), tmp_path / "resnet.pth")
     with pytest.raises(InputError, match="another architecture .*layer1"):
-        load_detector_weights(torchvision_case.build(), tmp_path / "resnet.pth")
+        load_weights(torchvision_case.build(), tmp_path / "resnet.pth")

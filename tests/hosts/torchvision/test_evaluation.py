@@ -15,8 +15,8 @@ from ssod.data.records import DetectionDataset, ImageRecord
 from ssod.data.views import make_test_view
 from ssod.evaluation.coco_metrics import coco_metrics
 from ssod.hosts.inference import detect, label_images
-from ssod.hosts.torchvision.loop import Trainer
-from tiny_run import differences, read_lines, tiny_config
+from ssod.hosts.torchvision.run import Run
+from tiny_run import differences, read_lines, resume, tiny_config
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def trainer(finished_run, found_as_truth, shapes):
     """The finished run, loaded from its checkpoint."""
     cfg = tiny_config(shapes, finished_run, "SSOD.DATA.VAL_JSON", found_as_truth)
-    return Trainer(cfg, resume=True)
+    return resume(cfg)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_evaluation_restores_every_mode(trainer):
 
 
 def test_untrained_model_that_finds_nothing_can_be_evaluated(shapes, tmp_path):
-    trainer = Trainer(tiny_config(shapes, tmp_path, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.99))
+    trainer = Run(tiny_config(shapes, tmp_path, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.99))
     results = trainer.evaluate()
     assert {name.split("/")[0] for name in results} == {"student"}  # no teacher has started
     assert (results["student/AP"], results["student/AR100"]) == (0, 0)
@@ -115,7 +115,7 @@ def test_pseudo_labels_are_measured_against_the_hidden_truth(trainer, shapes, tm
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     overrides = ("SSOD.DATA.UNLABELED_TRUTH_JSON", tmp_path / "truth.json")
     cfg = tiny_config(shapes, trainer.cfg.OUTPUT_DIR, *overrides)
-    results = Trainer(cfg, resume=True).evaluate()
+    results = resume(cfg).evaluate()
     quality = (results["pseudo/precision"], results["pseudo/recall"])
     assert quality == (1, 1) if shift == 0 else quality < (0.5, 0.5)
 

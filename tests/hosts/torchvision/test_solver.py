@@ -4,8 +4,9 @@ from torch.optim.lr_scheduler import ChainedScheduler, LinearLR, MultiStepLR
 
 from ssod.config import merge_config
 from ssod.errors import InputError
+from ssod.hosts.torchvision.build import build_optimizer
 from ssod.hosts.torchvision.defaults import get_config
-from ssod.hosts.torchvision.solver import build_optimizer, learning_rate
+from ssod.hosts.torchvision.schedule import learning_rate
 
 
 def _config(**keys):

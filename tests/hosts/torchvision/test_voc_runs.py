@@ -3,8 +3,8 @@
 import pytest
 
 from ssod.data.datasets import read_coco
-from ssod.hosts.torchvision.loop import Trainer
-from tiny_run import MAX_ITER, read_lines, tiny_config
+from ssod.hosts.torchvision.run import Run
+from tiny_run import MAX_ITER, read_lines, resume, tiny_config
 from voc_files import write_voc
 
 
@@ -34,7 +34,7 @@ def test_run_trains_and_evaluates(shapes, write, tmp_path):
         *(shapes, output, *keys, "SSOD.DATA.LABELED_IMAGES", copied),
         *("SSOD.DATA.UNLABELED_TRUTH_JSON", "", "MODEL.ROI_HEADS.NUM_CLASSES", len(names)),
     )
-    results = Trainer(cfg).train()
+    results = Run(cfg).train()
     assert {f"teacher/AP-{name}" for name in names} <= results.keys()
     assert read_lines(output)[-1]["iteration"] == MAX_ITER
 
@@ -43,7 +43,7 @@ def test_metrics_are_those_of_the_same_boxes_in_coco_format(
     finished_run, found_as_truth, shapes, write
 ):
     def evaluate(*overrides):
-        return Trainer(tiny_config(shapes, finished_run, *overrides), resume=True).evaluate()
+        return resume(tiny_config(shapes, finished_run, *overrides)).evaluate()
 
     expected = evaluate("SSOD.DATA.VAL_JSON", found_as_truth)
     assert expected["student/AP"] > 0

@@ -1,21 +1,22 @@
 import json
 import logging
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ssod.config import merge_config
-from ssod.data.build import build_train_loader
 from ssod.errors import InputError
 from ssod.hosts.metric_log import LOG_NAME, read_metrics
-from ssod.hosts.torchvision.build import build_model, select_device
+from ssod.hosts.protocol import CONFIG_NAME
+from ssod.hosts.run import usable_device
+from ssod.hosts.torchvision.build import build_model
 from ssod.hosts.torchvision.defaults import get_config
-from ssod.hosts.torchvision.loop import CONFIG_NAME, Trainer
 from ssod.hosts.torchvision.metric_writer import MetricLog
-from ssod.hosts.torchvision.solver import learning_rate
-from ssod.hosts.torchvision.weights import CHECKPOINT_NAME
+from ssod.hosts.torchvision.run import CHECKPOINT_NAME, Run, run
+from ssod.hosts.torchvision.schedule import learning_rate
 from tiny_run import (
     BURN_IN_ITERS,
     EVAL_PERIOD,
@@ -23,6 +24,7 @@ from tiny_run import (
     differences,
     read_lines,
     read_state,
+    resume,
     snapshot,
     tiny_config,
     train,
@@ -58,14 +60,17 @@ def output(tmp_path):
     shutil.rmtree(tmp_path / "run", ignore_errors=True)  # checkpoints are large
 
 
-def _interrupted_at(iteration):
-    class Interrupted(Trainer):
-        def _step(self, batch):
-            if self.model.iteration == iteration:
-                raise KeyboardInterrupt
-            return super()._step(batch)
+def _interrupt_at(run, iteration):
+    prepare = run.step.prepare
 
-    return Interrupted
+    def interrupted():
+        if run.model.iteration == iteration:
+            raise KeyboardInterrupt
+        prepare()
+
+    run.step.prepare = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
 
 
 @pytest.mark.parametrize(
@@ -78,14 +83,13 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
 ):
     reference = request.getfixturevalue(reference)
     cfg = tiny_config(shapes, output, *overrides, "SOLVER.CHECKPOINT_PERIOD", saved_at)
-    with pytest.raises(KeyboardInterrupt):
-        train(cfg, trainer=_interrupted_at(stopped_at))
+    _interrupt_at(Run(cfg), stopped_at)
     iteration, teacher_started = read_state(output)["model"]["_extra_state"].tolist()
     assert (iteration, bool(teacher_started)) == (saved_at, saved_at >= BURN_IN_ITERS)
     past = [line["iteration"] for line in read_lines(output) if line["iteration"] > saved_at]
     assert bool(past) == (stopped_at > saved_at)  # lines that are written a second time
 
-    train(cfg, resume=True)
+    train(cfg, resumed=True)
     assert differences(read_state(output), read_state(reference)) == []
     assert differences(read_lines(output), read_lines(reference)) == []
 
@@ -94,7 +98,7 @@ def test_supervised_burn_in_continued_with_workers_equals_a_semi_supervised_run_
     burn_in, first_run, shapes, output
 ):
     shutil.copytree(burn_in, output)
-    train(tiny_config(shapes, output, "DATALOADER.NUM_WORKERS", 1), resume=True)
+    train(tiny_config(shapes, output, "DATALOADER.NUM_WORKERS", 1), resumed=True)
     assert differences(read_state(output), read_state(first_run)) == []
     after = [
         [line for line in read_lines(run) if line["iteration"] > BURN_IN_ITERS]
@@ -152,21 +156,24 @@ def test_the_written_config_is_the_runs(first_run, shapes):
 
 def test_checkpoint_of_an_earlier_run_is_not_overwritten(first_run, shapes):
     before = snapshot(first_run)
+    args = Namespace(resume=False, eval_only=False, opts=[])
     with pytest.raises(InputError, match="is of an earlier run; continue it with --resume, or"):
-        Trainer(tiny_config(shapes, first_run))
+        run(tiny_config(shapes, first_run), args)
     assert snapshot(first_run) == before
 
 
 def test_nothing_is_trained_or_written_past_the_end(finished_run, found_as_truth, shapes):
     before, log = snapshot(finished_run), read_lines(finished_run)
     cfg = tiny_config(shapes, finished_run, "SSOD.DATA.VAL_JSON", found_as_truth)
-    results = Trainer(cfg, resume=True).train()
+    results = resume(cfg).train()
     assert snapshot(finished_run) == before
     assert differences({"iteration": MAX_ITER} | results, log[-1]) == []
 
 
 @pytest.mark.parametrize(
-    ("checkpoint_period", "what"), [(1, "weights are"), (0, "loss is")], ids=["save", "log"]
+    ("checkpoint_period", "what"),
+    [(1, "the weights are not finite.*BASE_LR"), (0, "2 steps in a row were not finite.*BASE_LR")],
+    ids=["save", "log"],
 )
 def test_infinite_initial_weights_stop_the_run_before_a_checkpoint(
     checkpoint_period, what, first_run, shapes, output, tmp_path
@@ -175,8 +182,9 @@ def test_infinite_initial_weights_stop_the_run_before_a_checkpoint(
     state["roi_heads.box_predictor.cls_score.bias"][1] = float("inf")
     torch.save(state, tmp_path / "infinite.pth")
     overrides = ("MODEL.WEIGHTS", tmp_path / "infinite.pth", *SUPERVISED)
+    overrides += ("SSOD.MAX_SKIPPED_STEPS", 2)
     cfg = tiny_config(shapes, output, *overrides, "SOLVER.CHECKPOINT_PERIOD", checkpoint_period)
-    with pytest.raises(InputError, match=rf"iteration [12]: the {what} not finite.*BASE_LR"):
+    with pytest.raises(InputError, match=f"iteration 1: .*{what}"):
         train(cfg)
     (tmp_path / "infinite.pth").unlink()
     assert not (output / CHECKPOINT_NAME).exists()
@@ -194,12 +202,13 @@ def test_divergence_stops_the_run_and_keeps_the_last_checkpoint(burn_in, shapes,
         "[]",
         "SOLVER.WARMUP_ITERS",
         0,
+        "SSOD.MAX_SKIPPED_STEPS",
+        3,
     )
     cfg = tiny_config(shapes, output, *SUPERVISED, *diverging, "SOLVER.MAX_ITER", 12)
     with pytest.raises(InputError, match="not finite.* the last checkpoint is kept. Lower "):
-        train(cfg, resume=True)
+        train(cfg, resumed=True)
     assert snapshot(output)[str(output / CHECKPOINT_NAME)] == before
-    assert all(line.get("total_loss", 0) < float("inf") for line in read_lines(output))
 
 
 @pytest.fixture
@@ -238,7 +247,7 @@ def test_without_a_validation_set_there_is_no_evaluation(shapes, output):
     train(cfg)
     (line,) = read_lines(output)
     assert line["iteration"] == 2 and line["total_loss"] > 0
-    assert Trainer(cfg, resume=True).train() == {}
+    assert resume(cfg).train() == {}
     assert not (output / "inference").exists()
 
 
@@ -264,13 +273,13 @@ def test_log_continues_after_a_line_that_was_cut_off(lines):
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "cpu:-1", ""])
 def test_device_that_is_not_there_is_refused(shapes, tmp_path, name):
     with pytest.raises(InputError, match=f"MODEL.DEVICE '{name}' cannot be used here; set it to"):
-        select_device(tiny_config(shapes, tmp_path, "MODEL.DEVICE", name))
+        usable_device(tiny_config(shapes, tmp_path, "MODEL.DEVICE", name))
 
 
 def test_device_is_chosen(shapes, tmp_path):
-    assert select_device(tiny_config(shapes, tmp_path, "MODEL.DEVICE", "cpu")).type == "cpu"
+    assert usable_device(tiny_config(shapes, tmp_path, "MODEL.DEVICE", "cpu")).type == "cpu"
     best = "cuda" if torch.cuda.is_available() else "cpu"
-    assert select_device(tiny_config(shapes, tmp_path, "MODEL.DEVICE", "auto")).type == best
+    assert usable_device(tiny_config(shapes, tmp_path, "MODEL.DEVICE", "auto")).type == best
 
 
 def test_unknown_filter_is_refused_with_the_known_ones(shapes, tmp_path):
@@ -295,7 +304,7 @@ def test_evaluation_that_an_interruption_cut_off_is_made_up_for(finished_run, sh
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     written = (finished_run / CONFIG_NAME).read_text()
     val = next(line for line in written.splitlines() if "VAL_JSON" in line).split(": ")[1]
-    train(tiny_config(shapes, output, "SSOD.DATA.VAL_JSON", val), resume=True)
+    train(tiny_config(shapes, output, "SSOD.DATA.VAL_JSON", val), resumed=True)
     assert differences(read_lines(output)[-1], expected) == []
 
 
@@ -306,32 +315,47 @@ def test_broken_validation_image_costs_no_training(shapes, output, tmp_path):
     overrides = ("SSOD.DATA.VAL_IMAGES", images, *SUPERVISED, "SOLVER.CHECKPOINT_PERIOD", 0)
     with pytest.raises(InputError, match=truth["images"][0]["file_name"]):
         train(tiny_config(shapes, output, *overrides))
-    trainer = Trainer(tiny_config(shapes, output, *SUPERVISED), resume=True)
+    trainer = resume(tiny_config(shapes, output, *SUPERVISED))
     assert trainer.model.iteration == EVAL_PERIOD
 
 
 def test_momentum_of_the_config_beats_that_of_the_checkpoint(first_run, shapes, output):
     shutil.copytree(first_run, output)
-    trainer = Trainer(tiny_config(shapes, output, "SOLVER.MOMENTUM", 0.25), resume=True)
-    assert {group["momentum"] for group in trainer.optimizer.param_groups} == {0.25}
+    trainer = resume(tiny_config(shapes, output, "SOLVER.MOMENTUM", 0.25))
+    assert {group["momentum"] for group in trainer.step.optimizer.param_groups} == {0.25}
 
 
-def test_gradients_are_clipped_to_their_norm(shapes, output, monkeypatch):
+def test_gradients_are_clipped_to_their_norm(shapes, output):
     clip = ("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_VALUE", 0.01)
-    trainer = Trainer(tiny_config(shapes, output, *clip, *SUPERVISED))
-    trainer._step(next(iter(build_train_loader(trainer.cfg, trainer.data, 0))))
-    gradients = [p.grad for p in trainer.model.student.parameters() if p.grad is not None]
+    trained = Run(tiny_config(shapes, output, *clip, *TWO_STEPS, *SUPERVISED))
+    trained.train()
+    gradients = [p.grad for p in trained.model.student.parameters() if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
     torch.testing.assert_close(norm, torch.tensor(0.01), rtol=1e-3, atol=0)
 
 
 def test_mixed_precision_trains_close_to_fp32(shapes, output):
     losses = {}
-    for amp in (False, True):
-        trainer = Trainer(tiny_config(shapes, output, "SOLVER.AMP.ENABLED", amp, *SUPERVISED))
-        losses[amp] = trainer._step(next(iter(build_train_loader(trainer.cfg, trainer.data, 0))))
-        assert all(p.dtype == torch.float32 for p in trainer.model.student.parameters())
-    torch.testing.assert_close(
-        losses[True]["loss_rpn_cls"], losses[False]["loss_rpn_cls"], rtol=0.05, atol=0
-    )
-    assert losses[True]["loss_rpn_cls"] != losses[False]["loss_rpn_cls"]
+    for dtype in ("float32", "bfloat16", "float16"):
+        keys = ("SOLVER.AMP.ENABLED", dtype != "float32", "SSOD.LOG_PERIOD", 1, *TWO_STEPS)
+        keys += ("SSOD.AMP_DTYPE", dtype) if dtype != "float32" else ()
+        trained = Run(tiny_config(shapes, output / dtype, *keys, *SUPERVISED))
+        trained.train()
+        losses[dtype] = read_lines(output / dtype)[0]["loss_rpn_cls"]
+        assert all(p.dtype == torch.float32 for p in trained.model.student.parameters())
+        assert ("grad_scale" in read_lines(output / dtype)[0]) == (dtype == "float16")
+    for dtype in ("bfloat16", "float16"):
+        assert losses[dtype] == pytest.approx(losses["float32"], rel=0.05)
+        assert losses[dtype] != losses["float32"]
+
+
+def test_evaluation_needs_no_training_images_and_no_methods(finished_run, shapes, tmp_path):
+    """Of a run with a second branch, as of one without."""
+    lsm = ("SSOD.LSM.ENABLED", True, "SSOD.LSM.ALPHA", 0.05, *TWO_STEPS)
+    train(tiny_config(shapes, tmp_path, *lsm))
+    nowhere = ("SSOD.DATA.LABELED_JSON", "nowhere", "SSOD.DATA.UNLABELED_JSON", "nowhere")
+    args = Namespace(resume=False, eval_only=True, opts=[])
+    results = run(tiny_config(shapes, tmp_path, *nowhere), args)
+    assert {"student/AP", "teacher/AP"} <= results.keys()
+    with pytest.raises(InputError, match="--eval-only needs a validation set"):
+        run(tiny_config(shapes, tmp_path, "SSOD.DATA.VAL_JSON", ""), args)

@@ -1,0 +1,66 @@
+"""Every filter and method of the product, with the keys of a tiny run in which it acts."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    A row of the table.
+
+    Attributes:
+        filter: name of the pseudo-label filter.
+        keys: `KEY, VALUE, ...` of the run.
+        methods: the groups of the methods that are added.
+        losses: of the methods, which are above 0 when there is something to learn.
+        off: keys with which the methods run, but add nothing.
+        trains: whether the methods have parameters.
+    """
+
+    filter: str = "FixedThreshold"
+    keys: tuple = ()
+    methods: tuple = ()
+    losses: tuple = ()
+    off: tuple = ()
+    trains: bool = False
+
+    @property
+    def overrides(self):
+        enabled = [item for name in self.methods for item in (f"SSOD.{name}.ENABLED", True)]
+        return ("SSOD.FILTER.NAME", self.filter, *enabled, *self.keys)
+
+    @property
+    def without_methods(self):
+        return Case(self.filter, self.keys)
+
+
+LSM = {
+    "methods": ("LSM",),
+    "losses": ("loss_cls_low_res_unsup", "loss_box_reg_low_res_unsup"),
+    "off": ("SSOD.LSM.WEIGHT", 0, "SSOD.LSM.DISTILL_WEIGHT", 0),
+    "trains": True,
+}
+SOFT = ("SSOD.FILTER.POOL_FLOOR", 0.0)
+# An untrained detector is hardly ever sure, so that the branch alone has boxes, and distils.
+UNDECIDED = ("SSOD.FILTER.SCORE_THRESH", 0.9, "SSOD.LSM.ALPHA", 0.05)
+DISTILS = LSM | {"losses": (*LSM["losses"], "loss_distill_unsup")}
+CASES = {
+    "fixed": Case(),
+    "ACT": Case("AdaptiveClassThreshold", ("SSOD.FILTER.QUEUE_IMAGES", 64)),
+    "ACT, sweep": Case(
+        "AdaptiveClassThreshold",
+        ("SSOD.FILTER.SOURCE", "sweep", "SSOD.FILTER.REFRESH_PERIOD", 2),
+    ),
+    "SoftMatch": Case("SoftMatchWeighting", SOFT),
+    "LSM": Case(keys=UNDECIDED, **DISTILS),
+    "LSM, SoftMatch": Case("SoftMatchWeighting", SOFT, **DISTILS),
+    "MLC": Case(
+        keys=(
+            *("SSOD.LSM.ALPHA", 0.05, "SSOD.FILTER.SCORE_THRESH", 0.05, "SSOD.LSM.HEAD", "main"),
+            *("SSOD.LSM.RPN_LOSS", True, "SSOD.LSM.WEIGHT", 1.0, "SSOD.LSM.DISTILL_WEIGHT", 0),
+        ),
+        methods=("LSM",),
+        losses=(*LSM["losses"], "loss_rpn_cls_low_res_unsup", "loss_rpn_loc_low_res_unsup"),
+        off=LSM["off"],
+    ),
+}

@@ -1,0 +1,201 @@
+"""Keys reach the filter and the methods, and every key reaches something."""
+
+import inspect
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from core.fake_detector import NUM_CLASSES, FakeDetector
+from ssod.config import merge_config
+from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY
+from ssod.core.method import METHOD_REGISTRY
+from ssod.core.running_stats import RunningAverage
+from ssod.core.teacher_student import TeacherStudent
+from ssod.errors import InputError
+from ssod.hosts.build import build_filter, build_methods, teacher_student_arguments
+from ssod.hosts.torchvision.defaults import get_config
+from ssod.plugins import GIVEN
+
+# Tests of plugins register others.
+OWN = [cls for _, cls in PSEUDO_LABEL_FILTER_REGISTRY if cls.__module__.startswith("ssod.")]
+FILTERS = {cls.__name__: cls for cls in OWN}
+METHODS = {cls.group: cls for _, cls in METHOD_REGISTRY if cls.__module__.startswith("ssod.")}
+# Read by the builder itself, or by hosts.
+NO_ARGUMENTS = {"FILTER": {"NAME"}, "LSM": {"ENABLED", "ALPHA"}}
+# Published values that no recipe changes, and what `SSOD.LSM.ALPHA` becomes.
+NO_KEYS = {
+    "FixedThreshold": {"undecided_thresh"},
+    "AdaptiveClassThreshold": {"min_score"},
+    "SoftMatchWeighting": {"n_sigma"},
+}
+# Another value of each key, and where it ends up.
+VALUES = {
+    "FixedThreshold": {"SCORE_THRESH": (0.25, lambda f: f.score_thresh)},
+    "AdaptiveClassThreshold": {
+        "SOURCE": ("sweep", lambda f: f.source),
+        "REFRESH_PERIOD": (7, lambda f: f.refresh_period),
+        "QUEUE_IMAGES": (11, lambda f: f.queue.rows.shape[0]),
+        "SWEEP_IMAGES": (13, lambda f: f.sweep_images),
+        "RELIABLE_FRACTION": (0.5, lambda f: f.reliable_fraction),
+    },
+    "SoftMatchWeighting": {
+        "EMA_DECAY": (0.5, lambda f: f.moments.decay),
+        "SCOPE": ("per_class", lambda f: f.scope),
+        "START": ("paper", lambda f: f.start),
+        "ALIGNMENT": ("none", lambda f: f.alignment),
+        "POOL_FLOOR": (0.25, lambda f: f.pool_floor),
+    },
+    "LSM": {
+        "WEIGHT": (0.25, lambda m: m.weight),
+        "LEVELS": ((2, 4), lambda m: m.levels),
+        "HEAD": ("main", lambda m: "main" if m.classifier is None else "aux"),
+        "RPN_LOSS": (True, lambda m: m.rpn_losses == ("loss_rpn_cls",)),
+        "DISTILL_WEIGHT": (0.5, lambda m: m.distill_weight),
+    },
+}
+
+
+def _config(*overrides):
+    return merge_config(get_config(), "", [str(item) for item in overrides])
+
+
+def _filter(name, *overrides):
+    return build_filter(_config("SSOD.FILTER.NAME", name, *overrides), NUM_CLASSES)
+
+
+def _arguments(cls):
+    return inspect.signature(cls).parameters
+
+
+@pytest.mark.parametrize(
+    ("group", "classes"),
+    [("FILTER", FILTERS.values()), *((group, [cls]) for group, cls in METHODS.items())],
+    ids=["FILTER", *METHODS],
+)
+def test_no_key_is_dead(group, classes):
+    arguments = {name.upper() for cls in classes for name in _arguments(cls)}
+    assert get_config().SSOD[group].keys() - arguments == NO_ARGUMENTS[group]
+
+
+@pytest.mark.parametrize(
+    ("name", "cls", "group"),
+    [(n, c, "FILTER") for n, c in FILTERS.items()] + [(g, c, g) for g, c in METHODS.items()],
+    ids=[*FILTERS, *METHODS],
+)
+def test_every_argument_is_a_key_or_given(name, cls, group):
+    keys = {key.lower() for key in get_config().SSOD[group]}
+    assert _arguments(cls).keys() - keys - set(GIVEN) == NO_KEYS.get(name, set())
+
+
+def test_the_table_of_values_has_every_key():
+    cfg = get_config().SSOD
+    assert {key for name in FILTERS for key in VALUES[name]} == cfg.FILTER.keys() - {"NAME"}
+    assert VALUES["LSM"].keys() == cfg.LSM.keys() - NO_ARGUMENTS["LSM"]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [(name, key) for name in VALUES for key in VALUES[name]], ids=str
+)
+def test_a_key_changes_what_it_names(name, key):
+    value, read = VALUES[name][key]
+
+    def build(*overrides):
+        if name in FILTERS:
+            return _filter(name, *overrides)
+        cfg = _config(f"SSOD.{name}.ENABLED", True, *overrides)
+        return build_methods(cfg, FakeDetector())[name]
+
+    group = "FILTER" if name in FILTERS else name
+    assert read(build()) != value
+    assert read(build(f"SSOD.{group}.{key}", value)) == value
+
+
+def test_what_is_given_comes_from_the_rest_of_the_config():
+    labels = _filter("AdaptiveClassThreshold", "TEST.DETECTIONS_PER_IMAGE", 5)
+    assert labels.queue.rows.shape == (12800, 5, 2)
+    assert labels.reliable_thresh.shape == (NUM_CLASSES,)
+    start = _filter("SoftMatchWeighting", "SSOD.FILTER.START", "paper").moments
+    assert isinstance(start, RunningAverage)
+    cfg = _config("SSOD.LSM.ENABLED", True, "SSOD.LSM.RPN_LOSS", True, "SSOD.LSM.HEAD", "main")
+    assert not build_methods(cfg, FakeDetector())["LSM"].learns_boxes
+    cfg.SSOD.UNSUP_BOX_LOSSES = True
+    branch = build_methods(cfg, FakeDetector())["LSM"]
+    assert branch.learns_boxes and branch.rpn_losses == ("loss_rpn_cls", "loss_rpn_loc")
+
+
+@pytest.mark.parametrize("passes", [1, 2, 8])
+def test_statistics_are_of_iterations_however_many_passes_these_have(passes):
+    overrides = ("SSOD.ACCUMULATE_STEPS", passes, "SSOD.FILTER.EMA_DECAY", 0.9)
+    soft = _filter("SoftMatchWeighting", *overrides)
+    assert soft.moments.decay**passes == pytest.approx(0.9)
+    adaptive = _filter("AdaptiveClassThreshold", *overrides, "SSOD.FILTER.REFRESH_PERIOD", 7)
+    assert (adaptive.refresh_period, adaptive.passes) == (7, passes)
+
+
+@pytest.mark.parametrize("decay", [0.0, -0.5, 1.0])
+def test_a_decay_out_of_range_is_refused_as_it_was_set(decay):
+    overrides = ("SSOD.ACCUMULATE_STEPS", 2, "SSOD.FILTER.EMA_DECAY", decay)
+    with pytest.raises(InputError, match=rf"SSOD.FILTER.EMA_DECAY must be .*, got {decay}"):
+        _filter("SoftMatchWeighting", *overrides)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_alpha_is_the_lower_threshold_only_for_the_second_branch(enabled):
+    overrides = ("SSOD.LSM.ENABLED", enabled, "SSOD.LSM.ALPHA", 0.25)
+    labels = _filter("FixedThreshold", *overrides)
+    assert labels.undecided_thresh == (0.25 if enabled else 0.7)
+    assert labels.drops_undecided == enabled
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 0.71, ".nan"])
+@pytest.mark.parametrize("name", FILTERS)
+def test_an_alpha_out_of_range_is_refused_where_it_is_used(name, alpha):
+    overrides = ("SSOD.LSM.ENABLED", True, "SSOD.LSM.ALPHA", alpha)
+    message = r"^SSOD.LSM.ALPHA must be in \[0, SSOD.FILTER.SCORE_THRESH 0.7\], got .*$"
+    is_used = name == "FixedThreshold"
+    with pytest.raises(InputError, match=message) if is_used else nullcontext():
+        _filter(name, *overrides)
+
+
+def test_an_unknown_filter_is_refused_with_those_there_are():
+    with pytest.raises(InputError, match="AdaptiveClass.*Fixed.*SoftMatch.*got 'NoSuchFilter'"):
+        _filter("NoSuchFilter")
+
+
+def test_methods_are_those_that_are_enabled():
+    assert build_methods(_config(), FakeDetector()) == {}
+    methods = build_methods(_config("SSOD.LSM.ENABLED", True), FakeDetector())
+    assert [(name, type(m)) for name, m in methods.items()] == [("LSM", METHODS["LSM"])]
+
+
+def test_keys_of_the_mean_teacher_reach_it():
+    values = {
+        "BURN_IN_ITERS": 7,
+        "EMA_DECAY": 0.5,
+        "UNSUP_LOSS_WEIGHT": 0.25,
+        "UNSUP_BOX_LOSSES": True,
+        "LABELED_VIEWS": "weak",
+    }
+    overrides = [item for key, value in values.items() for item in (f"SSOD.{key}", value)]
+    student = FakeDetector()
+    model = TeacherStudent(student, **teacher_student_arguments(_config(*overrides), student))
+    assert {key: getattr(model, key.lower()) for key in values} == values
+    default = TeacherStudent(student, **teacher_student_arguments(_config(), student))
+    assert not any(getattr(default, key.lower()) == value for key, value in values.items())
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_every_filter_works_as_the_default_config_builds_it(name):
+    student = FakeDetector().eval()
+    labels = _filter(name)
+    assert type(labels) is FILTERS[name]
+    labels.set_label_distribution(torch.tensor([3, 2]), num_labeled=2)
+    batch = student.preprocess([torch.zeros(3, 4, 4, dtype=torch.uint8)] * 2)
+    with torch.no_grad():
+        found = student.predict(student.features(batch), batch)
+    for images in (found, [found[0], found[1][:0]], [found[0][:0]]):
+        kept = labels(images)
+        assert all(len(k) <= len(i) for k, i in zip(kept, images, strict=True))
+    values = labels.metrics().items()
+    assert all(n.startswith("pseudo/") and v.shape == () and v.isfinite() for n, v in values)

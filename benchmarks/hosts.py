@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from ssod.config import merge_config, read_host
 from ssod.core.structures import TwoStreamBatch, Views
@@ -19,6 +17,8 @@ from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import build_train_loader
 from ssod.data.shapes import ShapesSpec, ensure_shapes
 from ssod.errors import InputError
+from ssod.hosts.step import TrainingStep
+from ssod.hosts.torchvision.schedule import learning_rate
 
 PreparePlain = Callable[[Views], Callable[[], None]]
 
@@ -32,32 +32,33 @@ class Host:
 
     Attributes:
         name: of the host.
-        model: student and teacher.
-        optimizer: of the student.
+        cfg: of the run.
+        step: the training step.
         loader: of batches on the CPU.
         device: of the model.
-        autocast: around every forward.
-        scale: applied to the loss before the backward.
-        update: what the trainer does between the backward and the EMA.
-        update_name: what it does there besides the optimizer's step.
-        step: a whole step on a batch.
         build_plain: makes the host's own detector and trainer, where they can be compared. What it
             returns makes, from labeled images, a whole step of them.
         context: in which all of it must run.
     """
 
     name: str
-    model: TeacherStudent
-    optimizer: torch.optim.Optimizer
+    cfg: Any
+    step: TrainingStep
     loader: Iterable[TwoStreamBatch]
     device: torch.device
-    autocast: torch.autocast
-    scale: Callable[[Tensor], Tensor]
-    update: Callable[[], None]
-    update_name: str
-    step: Callable[[TwoStreamBatch], Any]
     build_plain: Callable[[], PreparePlain] | None = None
     context: AbstractContextManager = field(default_factory=nullcontext)
+
+    @property
+    def model(self) -> TeacherStudent:
+        return self.step.model
+
+    def train(self, batch: TwoStreamBatch) -> None:
+        """Train on a batch as the hosts' loops do."""
+        self.step.prepare()
+        for group in self.step.optimizer.param_groups:
+            group["lr"] = learning_rate(self.cfg, self.model.iteration)
+        self.step(batch)
 
 
 def build_host(config: str, root: Path, max_iter: int, opts: list[str]) -> Host:
@@ -81,30 +82,12 @@ def build_host(config: str, root: Path, max_iter: int, opts: list[str]) -> Host:
 
 def _torchvision(config: str, keys: list[str]) -> Host:
     from ssod.hosts.torchvision.defaults import get_config
-    from ssod.hosts.torchvision.loop import Trainer
+    from ssod.hosts.torchvision.run import Run
 
     cfg = merge_config(get_config(), config, keys)
-    trainer = Trainer(cfg)
-    model, device, clip = trainer.model, trainer.device, cfg.SOLVER.CLIP_GRADIENTS
-
-    def update() -> None:
-        if clip.ENABLED:
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            clip_grad_norm_(parameters, clip.CLIP_VALUE)
-        trainer.optimizer.step()
-
-    return Host(
-        name="torchvision",
-        model=model,
-        optimizer=trainer.optimizer,
-        loader=build_train_loader(cfg, trainer.data, 0, pin_memory=device.type == "cuda"),
-        device=device,
-        autocast=torch.autocast(device.type, torch.bfloat16, enabled=cfg.SOLVER.AMP.ENABLED),
-        scale=lambda loss: loss,
-        update=update,
-        update_name="clipping",
-        step=trainer._step,
-    )
+    run = Run(cfg)
+    loader = build_train_loader(cfg, run.data, 0, pin_memory=run.device.type == "cuda")
+    return Host("torchvision", cfg, run.step, loader, run.device)
 
 
 def _detectron2(config: str, keys: list[str]) -> Host:
@@ -113,37 +96,21 @@ def _detectron2(config: str, keys: list[str]) -> Host:
 
         from ssod.hosts.detectron2.defaults import get_config
         from ssod.hosts.detectron2.run import Run
-        from ssod.hosts.torchvision.solver import learning_rate
     except ModuleNotFoundError as error:
         raise InputError(f"SSOD.HOST detectron2 needs the module {error.name}") from error
 
     cfg = merge_config(get_config(), config, keys)
     run = Run(cfg)
-    model, device, trainer = run.model, run.device, run._build_trainer()
-    trainer.max_iter, trainer.storage = cfg.SOLVER.MAX_ITER, EventStorage()
-    has_amp = trainer.amp_dtype is not None
-    has_plain = device.type == "cuda" or not has_amp  # Detectron2's AMP needs CUDA
-
-    def step(batch: TwoStreamBatch) -> None:
-        for group in trainer.optimizer.param_groups:  # what a hook does in training
-            group["lr"] = learning_rate(cfg, model.iteration)
-        trainer.iter = model.iteration
-        trainer._data_loader_iter_obj = iter([batch])
-        trainer.run_step()
-
+    # Detectron2's AMP needs CUDA.
+    has_plain = run.device.type == "cuda" or not cfg.SOLVER.AMP.ENABLED
     return Host(
-        name="detectron2",
-        model=model,
-        optimizer=trainer.optimizer,
-        loader=trainer.data_loader,
-        device=device,
-        autocast=torch.autocast(device.type, trainer.amp_dtype, enabled=has_amp),
-        scale=trainer.grad_scaler.scale,
-        update=trainer._step,
-        update_name="unscale, norm, clipping",
-        step=step,
-        build_plain=partial(_build_plain_detectron2, cfg, model) if has_plain else None,
-        context=trainer.storage,
+        "detectron2",
+        cfg,
+        run.trainer.step,
+        run.trainer.data_loader,
+        run.device,
+        build_plain=partial(_build_plain_detectron2, cfg, run.model) if has_plain else None,
+        context=EventStorage(),
     )
 
 
@@ -154,12 +121,12 @@ def _build_plain_detectron2(cfg: Any, model: TeacherStudent) -> PreparePlain:
     from detectron2.structures import Boxes, Instances
     from detectron2.utils.events import EventStorage
 
-    from ssod.hosts.detectron2.solver import build_optimizer
+    from ssod.hosts.detectron2.run import _build_optimizer
 
     cfg = cfg.clone()
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PROPOSAL_GENERATOR.NAME = "GeneralizedRCNN", "RPN"
     plain = build_model(cfg)
-    optimizer = build_optimizer(cfg, plain)
+    optimizer = _build_optimizer(cfg, plain)
     if cfg.SOLVER.AMP.ENABLED:
         dtype = getattr(torch, cfg.SSOD.AMP_DTYPE)
         trainer = AMPTrainer(plain, [], optimizer, precision=dtype)

@@ -1,13 +1,13 @@
 """
 Where the time of a training step goes, on either host: `python benchmarks/step_time.py`.
 
-All is measured in one process, in turn within each iteration: the medians of the parts as shares
-of their sum, and whole steps as ratios to each other, with their quartiles. On Detectron2 a
+All is measured in one process, in turn within each iteration: the medians of a step's parts as
+shares of their sum, and whole steps as ratios to each other, with their quartiles. On Detectron2 a
 supervised step is also compared with that of Detectron2's own trainer and `GeneralizedRCNN`, with
 the same weights, images and optimizer. What that one lacks, and the ratio includes, is the EMA,
 the gradient norm, the clipping, and the guard against gradients that are not finite; only that
-one writes metrics at every step. With `SSOD.LSM.ENABLED True` a semi-supervised step is also
-compared with the same one without the low-resolution branch.
+one writes metrics at every step. With methods such as `SSOD.LSM.ENABLED True` a semi-supervised
+step is also compared with the same one without them.
 
 The memory of whole steps is the most that CUDA has allocated. On a CPU it is counted: parameters,
 gradients, the optimizer's state, and all tensors that are kept for the backward.
@@ -15,7 +15,7 @@ gradients, the optimizer's state, and all tensors that are kept for the backward
 `SOLVER.AMP.ENABLED True` measures mixed precision. A detector that knows nothing makes no
 pseudo-labels; `MODEL.WEIGHTS` names one that does. The batches of a config go through one process:
 for a recipe of several GPUs set `SOLVER.IMS_PER_BATCH` and `SSOD.DATA.UNLABELED_PER_BATCH` to the
-share of one. `SSOD.ACCUMULATE_STEPS` divides whole steps, not their parts.
+share of one.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -35,18 +36,17 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from hosts import Host, build_host
 from ssod.cli.common import run_command
-from ssod.core.ema import update_ema
 from ssod.core.structures import TwoStreamBatch
 
 WARM_UP = 3  # iterations that are not counted
 DATA = "data, both streams"
 SEMI, SUPERVISED, PLAIN = "semi-supervised step", "supervised step", "plain Detectron2's step"
-NO_BRANCH = "step without the branch"
+NO_METHODS = "step without methods"
 
 
 class Stopwatch:
@@ -54,22 +54,37 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.seconds: dict[str, list[float]] = defaultdict(list)  # of each iteration
+        self._current: dict[str, float] = defaultdict(float)
         self._inner = 0.0
 
-    def __call__(self, name: str, function: Callable, *args: Any) -> Any:
+    def __call__(self, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
         outer, self._inner = self._inner, 0.0
         self._wait()
         start = time.perf_counter()
-        result = function(*args)
+        result = function(*args, **kwargs)
         self._wait()
         elapsed = time.perf_counter() - start
-        self.seconds[name].append(elapsed - self._inner)
+        self._current[name] += elapsed - self._inner
         self._inner = outer + elapsed
         return result
 
+    def patch(self, name: str, owner: Any, method: str) -> AbstractContextManager:
+        """Measure a method whenever it is called."""
+        function = getattr(owner, method)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            return self(name, function, *args, **kwargs)
+
+        return patch.object(owner, method, timed)
+
+    def end_iteration(self) -> None:
+        for name, seconds in self._current.items():
+            self.seconds[name].append(seconds)
+        self._current.clear()
+
     def counted(self, name: str) -> list[float]:
-        """Seconds of each call after the warm-up."""
+        """Seconds of each iteration after the warm-up."""
         return self.seconds[name][WARM_UP:]
 
     def _wait(self) -> None:
@@ -78,54 +93,45 @@ class Stopwatch:
 
 
 def run_parts(host: Host, parts: Stopwatch, batches: Iterator[TwoStreamBatch]) -> TwoStreamBatch:
-    """One step in parts; returns its batch."""
-    model, optimizer = host.model, host.optimizer
-
-    def forward(name: str, function: Callable, *args: Any) -> Any:
-        with host.autocast:
-            return parts(name, function, *args)
-
-    def backward(losses: dict[str, Tensor]) -> None:
-        host.scale(sum(losses.values())).backward()
-
-    def fetch() -> tuple[TwoStreamBatch, TwoStreamBatch]:
-        batch = next(batches)
-        return batch, batch.to(host.device)
-
-    optimizer.zero_grad()
-    fetched, batch = parts(DATA, fetch)
-    losses = forward("student forward, labeled", model.supervised_losses, batch.labeled)
-    parts("backward, labeled", backward, losses)
-    pseudo = forward("teacher forward and filter", model.pseudo_labels, batch.unlabeled.weak)
-    branch = partial(parts, "second branch, forward", model.low_resolution_losses)
-    with patch.object(model, "low_resolution_losses", branch):
-        losses = forward(
-            "student forward, unlabeled", model.unsupervised_losses, batch.unlabeled, pseudo
-        )
-    parts("backward, unlabeled", backward, losses)
-    with patch.object(optimizer, "step", partial(parts, "optimizer", optimizer.step)):
-        parts(host.update_name, host.update)
-    parts("EMA", update_ema, model.teacher, model.student, model.ema_decay)
-    return fetched
+    """A whole step whose parts are measured; returns its batch."""
+    model, step = host.model, host.step
+    batch = parts(DATA, next, batches)
+    with ExitStack() as stack:
+        for name, owner, method in (
+            (DATA, TwoStreamBatch, "to"),
+            ("student forward, labeled", model, "supervised_losses"),
+            ("teacher forward and filter", model, "detect"),
+            ("teacher forward and filter", model.pseudo_label_filter, "forward"),
+            ("student forward, unlabeled", model, "unsupervised_losses"),
+            *((f"{n}, forward", m, "losses") for n, m in model.methods.items()),
+            ("backward", Tensor, "backward"),
+            ("unscale, norm, clipping", step, "_update"),
+            ("optimizer", step.optimizer, "step"),
+            ("EMA", model, "after_step"),
+        ):
+            stack.enter_context(parts.patch(name, owner, method))
+        parts("the rest", host.train, batch)
+    parts.end_iteration()
+    return batch
 
 
 def run_supervised(host: Host, batch: TwoStreamBatch) -> None:
     """A whole step on the labeled images of a batch."""
     with patch.object(host.model, "unsup_loss_weight", 0.0):
-        host.step(replace(batch, unlabeled=None))
+        host.train(replace(batch, unlabeled=None))
 
 
-def run_without_branch(host: Host, batch: TwoStreamBatch) -> None:
+def run_without_methods(host: Host, batch: TwoStreamBatch) -> None:
     """A whole step of the mean teacher."""
-    with patch.object(host.model, "low_resolution", None):
-        host.step(batch)
+    with patch.object(host.model, "methods", nn.ModuleDict()):
+        host.train(batch)
 
 
 def list_steps(host: Host) -> dict[str, Callable[[TwoStreamBatch], Any]]:
     """The host's own whole steps."""
-    steps = {SEMI: host.step, SUPERVISED: partial(run_supervised, host)}
-    if host.model.low_resolution is not None:
-        steps[NO_BRANCH] = partial(run_without_branch, host)
+    steps = {SEMI: host.train, SUPERVISED: partial(run_supervised, host)}
+    if host.model.methods:
+        steps[NO_METHODS] = partial(run_without_methods, host)
     return steps
 
 
@@ -159,7 +165,7 @@ def _counted(host: Host, step: Callable[[], None]) -> int:
         keep(tensor)
         if tensor.grad is not None:
             keep(tensor.grad)
-    for state in host.optimizer.state.values():
+    for state in host.step.optimizer.state.values():
         for tensor in filter(torch.is_tensor, state.values()):
             keep(tensor)
     return sum(kept.values())
@@ -174,13 +180,15 @@ def measure_time(
     # No gradients are freed here: the next step would pay for getting the memory again.
     for i in range(WARM_UP + iterations):
         batch = run_parts(host, parts, batches)
-        steps(SEMI, host.step, batch)
+        steps(SEMI, host.train, batch)
         counts.append(host.model.metrics["pseudo/num_per_image"].item())
         compared = [(name, partial(step, batch)) for name, step in list_steps(host).items()][1:]
         if prepare_plain:
             compared.append((PLAIN, prepare_plain(batch.labeled)))
         for name, step in compared if i % 2 else reversed(compared):  # neither is always first
             steps(name, step)
+        steps.end_iteration()
+        host.step.read_metrics()  # they would pile up
     return parts, steps, mean(counts[WARM_UP:])
 
 
@@ -194,7 +202,7 @@ def report(parts: Stopwatch, steps: Stopwatch) -> None:
     for name, label, base in (
         (SEMI, "the sum of its parts, without data", sums),
         (SEMI, f"the {SUPERVISED}", steps.counted(SUPERVISED)),
-        (SEMI, f"the {NO_BRANCH}", steps.counted(NO_BRANCH)),
+        (SEMI, f"the {NO_METHODS}", steps.counted(NO_METHODS)),
         (SUPERVISED, PLAIN, steps.counted(PLAIN)),
     ):
         if base:

@@ -11,7 +11,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
-from ssod.cli.common import read_config
+from ssod.cli.common import add_config_arguments, read_config
 from ssod.data import build
 from ssod.data.check import (
     Findings,
@@ -41,12 +41,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "and entry. The exit status is 1 if there are errors, 0 with warnings alone.",
         epilog="Example: ssod check-data --config-file mine.yaml SSOD.DATA.VAL_JSON other.json",
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_arguments(parser, required=True)
     parser.add_argument(
         "--all", action="store_true", help=f"show all problems, not {_SHOWN} of each kind"
-    )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
     )
     parser.set_defaults(command=run)
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from fvcore.common.config import CfgNode
 
@@ -34,15 +35,24 @@ def run_command(command: Callable[[], int | None]) -> int:
         return 130
 
 
-def import_host(name: str) -> ModuleType:
+def add_config_arguments(parser: argparse.ArgumentParser, **config_file: Any) -> None:
+    """Add `--config-file`, with these arguments of `add_argument`, and the overrides."""
+    config_file = {"metavar": "FILE", "help": "YAML config"} | config_file
+    parser.add_argument("--config-file", **config_file)
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
+    )
+
+
+def import_host(name: str, module: str = "host") -> ModuleType:
     """
-    Import what the commands need of a host; see `ssod.hosts.protocol`.
+    Import a module of a host; for what the commands need in `host` see `ssod.hosts.protocol`.
 
     Raises:
         InputError: if what the host is built on is not installed.
     """
     try:
-        return importlib.import_module(f"ssod.hosts.{name}.host")
+        return importlib.import_module(f"ssod.hosts.{name}.{module}")
     except ModuleNotFoundError as error:
         raise InputError(
             f"SSOD.HOST {name} needs the module {error.name}: install the extra with "

@@ -6,8 +6,8 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from ssod.cli.common import run_command
-from ssod.config import merge_config, read_host
+from ssod.cli.common import add_config_arguments, import_host, read_config, run_command
+from ssod.config import read_host
 from ssod.errors import InputError
 from ssod.evaluation.report import format_table
 
@@ -22,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Example: train_net.py --config-file configs/quickstart.yaml "
         "OUTPUT_DIR output/mine SOLVER.MAX_ITER 2000",
     )
-    parser.add_argument("--config-file", default="", metavar="FILE", help="YAML config")
+    add_config_arguments(parser, default="")
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in OUTPUT_DIR, if there is one"
     )
@@ -46,9 +46,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="tcp://HOST:PORT of machine 0; one machine finds a free port. torchrun's environment "
         "variables take the place of these four options",
     )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
-    )
     return parser
 
 
@@ -59,42 +56,22 @@ def format_results(results: dict[str, float]) -> str:
     return format_table(rows, ["model", *COLUMNS])
 
 
-def train_torchvision(args: argparse.Namespace) -> None:
-    """Train or evaluate on the torchvision host."""
-    from ssod.hosts.torchvision import run
-    from ssod.hosts.torchvision.defaults import get_config
-
+def run(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and run on the host that the config names."""
+    args = build_parser().parse_args(argv)
+    if read_host(args.config_file, args.opts) == "detectron2":
+        import_host("detectron2", "launch").run(args)
+        return
     if args.num_gpus != 1 or args.num_machines != 1 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError(
             "SSOD.HOST torchvision trains in one process; --num-gpus, --num-machines and torchrun "
             "are for SSOD.HOST detectron2"
         )
-    cfg = merge_config(get_config(), args.config_file, args.opts)
+    _, cfg = read_config(args)
     cfg.freeze()
-    results = run.run(cfg, args)
+    results = import_host("torchvision", "run").run(cfg, args)
     if results:
         print(format_results(results))
-
-
-def train_detectron2(args: argparse.Namespace) -> None:
-    """Train or evaluate on the Detectron2 host."""
-    try:
-        from ssod.hosts.detectron2 import launch
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"SSOD.HOST detectron2 needs the module {error.name}: install the extra with "
-            "`uv sync --extra detectron2`"
-        ) from error
-    launch.run(args)
-
-
-def run(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and run on the host that the config names."""
-    args = build_parser().parse_args(argv)
-    if read_host(args.config_file, args.opts) == "detectron2":
-        train_detectron2(args)
-    else:
-        train_torchvision(args)
 
 
 def main() -> int:

@@ -14,7 +14,7 @@ import numpy as np
 from fvcore.common.config import CfgNode
 from PIL import Image
 
-from ssod.cli.common import find_weights, read_config
+from ssod.cli.common import add_config_arguments, find_weights, read_config
 from ssod.core.structures import PseudoLabels
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import RunData, build_train_loader
@@ -47,7 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "DIR/unlabeled.png with the pseudo-boxes of a checkpoint and, where the config names "
         "hidden truth, the true boxes in thin green. Pictures of an earlier call are replaced.",
     )
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="YAML config")
+    add_config_arguments(parser, required=True)
     parser.add_argument(
         "--weights",
         metavar="W",
@@ -58,9 +58,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--output", metavar="DIR", help="folder to write into (default: OUTPUT_DIR/views)"
-    )
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
     )
     parser.set_defaults(command=run)
 

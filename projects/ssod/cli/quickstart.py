@@ -6,23 +6,23 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 
 import numpy as np
 from fvcore.common.config import CfgNode
 
-from ssod.cli.common import import_host
-from ssod.cli.shapes import add_spec_arguments, make_shapes
+from ssod.cli.common import add_config_arguments, import_host
+from ssod.cli.shapes import add_spec_arguments, make_shapes, read_spec
 from ssod.config import merge_config, read_host
-from ssod.core.structures import PseudoLabels
-from ssod.data.datasets import DetectionDataset, ImageRecord
+from ssod.core.structures import Detections, PseudoLabels
+from ssod.data.datasets import ImageRecord
 from ssod.data.images import read_image
 from ssod.data.shapes import ShapesSpec
 from ssod.errors import InputError
 from ssod.evaluation.report import Curve, Panel, draw_report, format_table
-from ssod.hosts.inference import label_images
+from ssod.hosts.inference import find, label_images
 from ssod.hosts.protocol import FinishedRun
 
 logger = logging.getLogger(__name__)
@@ -53,11 +53,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         "same EMA (the control), and semi-supervised from one common burn-in. Interrupted, it "
         "continues where it was.",
     )
-    parser.add_argument(
-        "--config-file",
-        default="configs/quickstart.yaml",
-        metavar="FILE",
-        help="YAML config (default: %(default)s)",
+    add_config_arguments(
+        parser, default="configs/quickstart.yaml", help="YAML config (default: %(default)s)"
     )
     parser.add_argument(
         "--output",
@@ -73,9 +70,6 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         help="repeat with so many seeds (other data, other weights); reports mean and spread",
     )
     add_spec_arguments(parser, leave_out=("seed",))
-    parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config keys to override"
-    )
     parser.set_defaults(command=run)
 
 
@@ -87,14 +81,7 @@ def run(args: argparse.Namespace) -> None:
     tables = []
     for seed in range(args.seeds):
         output = root if args.seeds == 1 else root / f"seed_{seed}"
-        spec = ShapesSpec(
-            args.num_labeled,
-            args.num_unlabeled,
-            args.num_val,
-            args.image_size,
-            seed,
-            args.max_objects,
-        )
+        spec = replace(read_spec(args), seed=seed)
         tables.append(run_experiment(args.config_file, args.opts, output, spec))
         print(f"\n{format_table(tables[-1], COLUMNS)}\n")
         print(f"report: {output / 'report.png'}")
@@ -149,8 +136,7 @@ def run_experiment(config: str, opts: Sequence[str], output: Path, spec: ShapesS
         for title, run, model in ROWS
     ]
     (output / "results.json").write_text(json.dumps(rows, indent=1))
-    predictions = host.predictions_file(output / "semi_supervised", "teacher")
-    _draw(output, configs["semi_supervised"], finished, predictions, logs, rows)
+    _draw(output, configs["semi_supervised"], finished, logs, rows)
     return rows
 
 
@@ -210,21 +196,24 @@ def _draw(
     output: Path,
     cfg: CfgNode,
     run: FinishedRun,
-    predictions: Path,
     logs: dict[str, Log],
     rows: list[Row],
 ) -> None:
     data = run.data
-    shown = data.hidden_truth.select(data.hidden_truth.image_ids[:6])
-    pseudo_labeled = label_images(run.model, shown, cfg, run.device)
+    val = data.val.select(data.val.image_ids[:12])
+    unlabeled = data.hidden_truth.select(data.hidden_truth.image_ids[:6])
     draw_report(
         output / "report.png",
         title=f"Shapes: {len(data.labeled)} labeled + {len(data.unlabeled)} unlabeled images, "
         f"{cfg.SOLVER.MAX_ITER} iterations",
         class_names=data.labeled.class_names,
-        validation=_validation_panels(data.val, predictions),
+        validation=[
+            _panel(record, found[found.scores >= SHOWN_SCORE])
+            for record, found in find(run.model.teacher, val, cfg, run.device)
+        ],
         unlabeled=[
-            _unlabeled_panel(record, found[found.reliable]) for record, found in pseudo_labeled
+            _panel(record, found[found.reliable], ", pseudo-boxes")
+            for record, found in label_images(run.model, unlabeled, cfg, run.device)
         ],
         curves=_curves(logs),
         burn_in_iters=cfg.SSOD.BURN_IN_ITERS,
@@ -233,30 +222,13 @@ def _draw(
     )
 
 
-def _validation_panels(val: DetectionDataset, predictions: Path, count: int = 12) -> list[Panel]:
-    results = json.loads(predictions.read_text())
-    panels = []
-    for record in (val[i] for i in range(min(count, len(val)))):
-        found = [r for r in results if r["image_id"] == record.image_id]
-        found = [r for r in found if r["score"] >= SHOWN_SCORE]
-        boxes = np.array([r["bbox"] for r in found]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        classes = np.array([val.category_ids.index(r["category_id"]) for r in found], int)
-        scores = np.array([r["score"] for r in found])
-        panels.append(_panel(record, boxes, classes, scores, f"image {record.image_id}"))
-    return panels
-
-
-def _unlabeled_panel(record: ImageRecord, found: PseudoLabels) -> Panel:
-    arrays = (found.boxes.numpy(), found.classes.numpy(), found.scores.numpy())
-    return _panel(record, *arrays, f"image {record.image_id}, pseudo-boxes")
-
-
-def _panel(
-    record: ImageRecord, boxes: np.ndarray, classes: np.ndarray, scores: np.ndarray, title: str
-) -> Panel:
-    image = read_image(record.file_name)
-    return Panel(image, boxes, classes, scores, record.boxes, record.classes, title)
+def _panel(record: ImageRecord, found: Detections | PseudoLabels, what: str = "") -> Panel:
+    return Panel(
+        read_image(record.file_name),
+        *(found.boxes.numpy(), found.classes.numpy(), found.scores.numpy()),
+        *(record.boxes, record.classes),
+        f"image {record.image_id}{what}",
+    )
 
 
 def _curves(lines: dict[str, Log]) -> dict[str, list[Curve]]:

@@ -32,6 +32,12 @@ def add_spec_arguments(parser: argparse.ArgumentParser, leave_out: tuple[str, ..
             )
 
 
+def read_spec(args: argparse.Namespace) -> ShapesSpec:
+    """Return the set that the options ask for, with defaults for those left out."""
+    names = [field.name for field in fields(ShapesSpec) if field.name in args]
+    return ShapesSpec(**{name: getattr(args, name) for name in names})
+
+
 def make_shapes(root: str | Path, spec: ShapesSpec) -> bool:
     """Make the set with a progress bar; False if an equal one was there."""
     with progress_bar(desc=f"Shapes in {root}", unit="image", delay=0.5) as bar:
@@ -53,6 +59,5 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the set unless an equal one is there."""
-    spec = ShapesSpec(**{field.name: getattr(args, field.name) for field in fields(ShapesSpec)})
-    made = make_shapes(args.root, spec)
+    made = make_shapes(args.root, read_spec(args))
     print(f"{args.root}: {'written' if made else 'already there'}")

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 _SIDE = 480  # longer side of a drawn view, in pixels
 _COLUMNS = 4  # two pairs of views
 _LEGEND = "solid: learned pseudo-box, with its score, and its weight w if not 1; dashed: undecided"
-_Cells = list[tuple[Image.Image, str]]
+_Cell = tuple[Image.Image, str]
+_Drawn = tuple[list[_Cell], list[dict[str, Any]]]  # a sheet, and a row of the table for each image
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -83,16 +84,14 @@ def run(args: argparse.Namespace) -> None:
         logger.warning("--weights is not used: this config trains on labeled images alone")
     output = Path(args.output or Path(cfg.OUTPUT_DIR, "views"))
     names, what = data.labeled.class_names, f"{args.config_file}, from iteration {start_iter} on"
-    _write(output / "labeled.png", f"labeled images of {what}", _labeled_cells(labeled, names, cfg))
-    _report(output / "labeled.png", [_count(sample) for sample in labeled])
+    _write(output / "labeled.png", f"labeled images of {what}", _draw_labeled(labeled, names, cfg))
     if not unlabeled:
         print("no unlabeled images: this config trains on labeled images alone")
         return
     has_truth = data.hidden_truth is not None
     legend = f"unlabeled images of {what}" + (f"\n{_LEGEND}" if found else "")
     legend += "; thin green: hidden truth" if has_truth else ""
-    _write(output / "unlabeled.png", legend, _unlabeled_cells(unlabeled, found, names, has_truth))
-    _report(output / "unlabeled.png", _unlabeled_counts(unlabeled, found, has_truth))
+    _write(output / "unlabeled.png", legend, _draw_unlabeled(unlabeled, found, names, has_truth))
 
 
 def _with_boxes(dataset: DetectionDataset, truth: DetectionDataset) -> DetectionDataset:
@@ -142,85 +141,69 @@ def _pseudo_labels(
     return found
 
 
-def _draw_views(sample: TrainingSample, **boxes: Any) -> Iterator[Image.Image]:
+def _draw_views(sample: TrainingSample, notes: Sequence[str], **boxes: Any) -> Iterator[_Cell]:
     """Draw the same boxes on the weak and, if there is one, the strong view."""
-    for view in (sample.weak, sample.strong):
-        if view is None:
-            return
-        image = view.permute(1, 2, 0).numpy()
-        yield draw_boxes(image, scale=_SIDE / max(image.shape), **boxes)
+    views = {"weak": sample.weak, "strong": sample.strong}
+    for (name, view), note in zip(views.items(), notes, strict=True):
+        if view is not None:
+            image = view.permute(1, 2, 0).numpy()
+            picture = draw_boxes(image, scale=_SIDE / max(image.shape), **boxes)
+            yield picture, f"{sample.image_id}: {name} view{note}"
 
 
-def _labeled_cells(samples: list[TrainingSample], names: Sequence[str], cfg: CfgNode) -> _Cells:
+def _draw_labeled(samples: list[TrainingSample], names: Sequence[str], cfg: CfgNode) -> _Drawn:
     learned = cfg.SSOD.LABELED_VIEWS
-    cells: _Cells = []
+    notes = ["" if learned in ("both", view) else ", not learned" for view in ("weak", "strong")]
+    cells, rows = [], []
     for sample in samples:
         texts = [names[label] for label in sample.classes.tolist()]
         boxes = {"boxes": sample.boxes.numpy(), "classes": sample.classes.numpy(), "texts": texts}
-        for view, picture in zip(("weak", "strong"), _draw_views(sample, **boxes), strict=False):
-            note = "" if learned in ("both", view) else ", not learned"
-            cells.append((picture, f"{sample.image_id}: {view} view{note}"))
-    return cells
+        cells += _draw_views(sample, notes, **boxes)
+        rows.append({"image": sample.image_id, "boxes": len(sample.boxes)})
+    return cells, rows
 
 
-def _unlabeled_cells(
+def _draw_unlabeled(
     samples: list[TrainingSample],
     found: list[PseudoLabels] | None,
     names: Sequence[str],
     has_truth: bool,
-) -> _Cells:
-    cells: _Cells = []
+) -> _Drawn:
+    cells, rows = [], []
     for index, sample in enumerate(samples):
         boxes: dict[str, Any] = {"boxes": np.empty((0, 4)), "classes": (), "texts": ()}
+        row: dict[str, Any] = {"image": sample.image_id}
         if found is not None:
             labels = found[index]
             columns = (labels.classes, labels.scores, labels.weights)
-            rows = zip(*(column.tolist() for column in columns), strict=True)
+            parts = zip(*(column.tolist() for column in columns), strict=True)
             boxes = {
                 "boxes": labels.boxes.numpy(),
                 "classes": labels.classes.numpy(),
-                "texts": [_text(names[c], score, weight) for c, score, weight in rows],
+                "texts": [_text(names[c], score, weight) for c, score, weight in parts],
                 "dashed": ~labels.reliable.numpy(),
             }
+            row["learned"] = int(labels.reliable.sum())
+            row["undecided"] = len(labels) - row["learned"]
         if has_truth:
             boxes["true_boxes"] = sample.boxes.numpy()
-        weak, strong = _draw_views(sample, **boxes)
-        cells.append((weak, f"{sample.image_id}: weak view, for the teacher"))
-        cells.append((strong, f"{sample.image_id}: strong view, for the student"))
-    return cells
+            row["true boxes"] = len(sample.boxes)
+        cells += _draw_views(sample, (", for the teacher", ", for the student"), **boxes)
+        rows.append(row)
+    return cells, rows
 
 
 def _text(name: str, score: float, weight: float) -> str:
     return f"{name} {score:.2f}" + (f" w {weight:.2f}" if 0 < weight < 1 else "")
 
 
-def _count(sample: TrainingSample) -> dict[str, Any]:
-    return {"image": sample.image_id, "boxes": len(sample.boxes)}
-
-
-def _unlabeled_counts(
-    samples: list[TrainingSample], found: list[PseudoLabels] | None, has_truth: bool
-) -> list[dict[str, Any]]:
-    rows = []
-    for index, sample in enumerate(samples):
-        row: dict[str, Any] = {"image": sample.image_id}
-        if found is not None:
-            row["learned"] = int(found[index].reliable.sum())
-            row["undecided"] = len(found[index]) - row["learned"]
-        if has_truth:
-            row["true boxes"] = len(sample.boxes)
-        rows.append(row)
-    return rows
-
-
-def _write(path: Path, heading: str, cells: _Cells) -> None:
+def _write(path: Path, heading: str, drawn: _Drawn) -> None:
+    """Write a picture, and print the table of its images."""
+    cells, rows = drawn
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             draw_sheet(heading, cells, _COLUMNS).save(partial, "PNG")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error}); choose another --output") from error
-
-
-def _report(path: Path, rows: list[dict[str, Any]]) -> None:
     print(f"{path}\n{format_table(rows, list(rows[0]))}\n")

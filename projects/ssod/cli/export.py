@@ -47,46 +47,32 @@ def run(args: argparse.Namespace) -> None:
     config = folder / "config.yaml"
     if not config.is_file():
         raise InputError(f"{config}: not found; RUN is the OUTPUT_DIR of a run")
-    host = read_host(str(config))
-    if host != "detectron2":
-        raise InputError(f"{config}: a run of the {host} host; only those of detectron2 export")
-    checkpoint = find_checkpoint(folder, args.checkpoint)
+    name = read_host(str(config))
+    if name != "detectron2":
+        raise InputError(f"{config}: a run of the {name} host; only those of detectron2 export")
     # Not at the top: the other commands work without Detectron2.
     try:
-        from ssod.hosts.detectron2.defaults import get_config
+        from ssod.hosts.detectron2 import host
         from ssod.hosts.detectron2.export import export_detector
     except ModuleNotFoundError as error:
         raise InputError(
             f"export needs Detectron2 ({error}); install it with: uv sync --extra detectron2"
         ) from error
+    checkpoint = _find_checkpoint(folder, args.checkpoint, host.last_checkpoint(folder))
     output = Path(args.output) if args.output else folder / "exported"
     which = "student" if args.student else "teacher"
-    cfg = merge_config(get_config(), str(config), run_plugin=False)  # the detector needs no code
+    # The detector needs no code of the run's.
+    cfg = merge_config(host.get_config(), str(config), run_plugin=False)
     export_detector(cfg, checkpoint, output, which)
     print(f"{which} of {checkpoint} written to {output}")
     print(_USAGE.format(config=str((output / "config.yaml").resolve())))
 
 
-def find_checkpoint(folder: Path, name: str | None) -> Path:
-    """
-    Return a run's checkpoint.
-
-    Args:
-        folder: the run's.
-        name: a file in it, or a path; None for the last checkpoint.
-
-    Raises:
-        InputError: if there is none.
-    """
-    if name is not None:
-        candidates = [folder / name, Path(name)]
-    else:
-        last = folder / "last_checkpoint"
-        if not last.is_file():
-            raise InputError(f"{folder}: has no checkpoint; train it, or name one by --checkpoint")
-        candidates = [folder / last.read_text().strip()]
-    found = [path for path in candidates if path.is_file()]
-    if not found:
-        looked = " or ".join(dict.fromkeys(map(str, candidates)))
-        raise InputError(f"no checkpoint {looked}; name one with --checkpoint")
-    return found[0]
+def _find_checkpoint(folder: Path, name: str | None, last: Path) -> Path:
+    """Return the checkpoint of a name in the folder or a path; without one the last."""
+    candidates = [folder / name, Path(name)] if name else [last]
+    for path in candidates:
+        if path.is_file():
+            return path
+    looked = " or ".join(dict.fromkeys(map(str, candidates)))
+    raise InputError(f"no checkpoint {looked}; name one with --checkpoint")

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,14 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     folds = parser.add_mutually_exclusive_group()
     folds.add_argument(
         "--folds",
-        type=_number_of_folds,
+        type=partial(_number, least=1),
         default=1,
         metavar="N",
         help="write the folds 1 to N; fold F is the split of seed F (default: %(default)s)",
     )
-    folds.add_argument("--fold", type=_fold, metavar="F", help="write this fold only")
+    folds.add_argument(
+        "--fold", type=partial(_number, least=0), metavar="F", help="write this fold only"
+    )
     method = parser.add_mutually_exclusive_group()
     method.add_argument(
         "--stratified",
@@ -119,15 +122,9 @@ def _percent(text: str) -> float:
     return percent
 
 
-def _number_of_folds(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1, got {text!r}")
-    return int(text)
-
-
-def _fold(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a number from 0, got {text!r}")
+def _number(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a number from {least}, got {text!r}")
     return int(text)
 
 
@@ -244,8 +241,8 @@ def _encode(content: dict[str, Any]) -> bytes:
 
 
 def _write(path: Path, text: bytes) -> None:
-    with replacing(path) as partial:
-        partial.write_bytes(text)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(text)
 
 
 def _check(labeled_path: str, unlabeled_path: str, source_path: str | None) -> None:

@@ -3,9 +3,9 @@ What the commands need of a host, which offers it in its module `host`.
 
 The functions there: `get_config()`, `train(cfg, title) -> FinishedRun`, `branch(source, target)`
 to start a run from the end of another, `read_log(cfg)` with the torchvision host's names,
-`predictions_file(run, model)`, `last_checkpoint(run)`, `build(cfg) -> TeacherStudent` on its device
-with initial weights, `load_run_data(cfg) -> RunData`, and `read_sets(cfg, on_problem)` for what it
-reads before any split, as `ssod.data.build.read_sets`.
+`last_checkpoint(run)`, `build(cfg) -> TeacherStudent` on its device with initial weights,
+`load_run_data(cfg) -> RunData`, and `read_sets(cfg, on_problem)` for what it reads before any
+split, as `ssod.data.build.read_sets`.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from ssod.cli.main import main
-from ssod.hosts.detectron2 import host
 from ssod.hosts.detectron2.run import Run
 from tiny_detectron2 import tiny_config
 
@@ -23,7 +22,8 @@ def finished(shapes, tmp_path_factory):
 
 @pytest.mark.parametrize(("model", "args"), [("teacher", []), ("student", ["--student"])])
 def test_predictions_are_those_of_the_evaluation(finished, shapes, tmp_path, model, args):
-    evaluated = json.loads(host.predictions_file(finished, model).read_text())
+    results = finished / "inference" / model / "coco_instances_results.json"
+    evaluated = json.loads(results.read_text())
     truth = json.loads((shapes / "annotations" / "val.json").read_text())
     # Detectron2 evaluates each image alone; others in a batch would change the padding.
     image = truth["images"][0]

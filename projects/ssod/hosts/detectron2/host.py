@@ -26,7 +26,6 @@ __all__ = [
     "get_config",
     "last_checkpoint",
     "load_run_data",
-    "predictions_file",
     "read_log",
     "read_sets",
     "train",
@@ -65,11 +64,6 @@ def read_log(cfg: CfgNode) -> list[dict[str, float]]:
     """Return the lines of a run's log, with the number of iterations done at each."""
     lines = [_rename(line) for line in read_metrics(cfg.OUTPUT_DIR)]
     return [line | {"iteration": line["iteration"] + 1} for line in lines]  # counted from 0
-
-
-def predictions_file(run: Path, model: str) -> Path:
-    """Return the COCO results of the student or the teacher of a run."""
-    return run / "inference" / model / "coco_instances_results.json"
 
 
 def last_checkpoint(run: Path) -> Path:

@@ -200,19 +200,18 @@ def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _coerce(default: Any, value: Any) -> Any:
-    """Return the value in the type of the default; raise TypeError if it has another."""
-    if default is None:
-        return value
+    """Return the value in the type of the default; raise an error of any kind if it has another."""
+    if isinstance(value, str) and not isinstance(default, str):
+        # Of the command line, or what YAML 1.1 leaves as text: 1e-3, and tuples as Detectron2's
+        # configs write them.
+        loaded = yaml.safe_load(value)
+        value = ast.literal_eval(value) if isinstance(loaded, str) else loaded
     if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
         # Nothing tells of what type the items of an empty default are.
         return type(default)(_coerce(default[0], item) if default else item for item in value)
-    if isinstance(default, str) or type(value) is type(default):
-        if type(value) is type(default):
-            return value
-    elif isinstance(value, str):
-        # What YAML 1.1 leaves as text: 1e-3, and tuples as Detectron2's configs write them.
-        return _coerce(default, ast.literal_eval(value))
-    elif isinstance(default, float) and type(value) is int:
+    if default is None or type(value) is type(default):
+        return value
+    if isinstance(default, float) and type(value) is int:
         return float(value)
     raise TypeError
 
@@ -230,7 +229,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
         raise InputError(f"{source}: unknown key {key}; {hint}")
     try:
         value = _coerce(known[key], value)
-    except (TypeError, ValueError, SyntaxError) as error:
+    except (TypeError, ValueError, SyntaxError, yaml.YAMLError) as error:
         raise InputError(
             f"{source}: {key} needs a value of type {type(known[key]).__name__} such as "
             f"{known[key]!r}, got {value!r}"
@@ -253,7 +252,7 @@ def _load_yaml(path: str) -> dict:
     except (
         yaml.YAMLError,
         OSError,
-        UnicodeError,
+        ValueError,
         AssertionError,
         TypeError,
         RecursionError,
@@ -296,13 +295,7 @@ def merge_config(
     for key, value in leaves.items():
         _set(cfg, key, value, path)
     for key, text in zip(overrides[::2], overrides[1::2], strict=True):
-        # Everything but a string is read as it would be in a file.
-        is_text = isinstance(dict(_leaves(cfg)).get(key), str)
-        try:
-            value = text if is_text else yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        _set(cfg, key, value, "command line")
+        _set(cfg, key, text, "command line")
     return cfg
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ssod.data.images import read_image
 from ssod.data.reading import HARMLESS, MISSING_FILES, UNREADABLE
@@ -81,15 +81,8 @@ def read_facts(file_name: str) -> FileFacts:
     return FileFacts((height, width), digest)
 
 
-class _Files(Dataset):
-    def __init__(self, names: Sequence[str]):
-        self._names = names
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __getitem__(self, index: int) -> tuple[str, FileFacts]:
-        return self._names[index], read_facts(self._names[index])
+def _read_batch(names: list[str]) -> list[tuple[str, FileFacts]]:
+    return [(name, read_facts(name)) for name in names]
 
 
 def scan_files(
@@ -103,12 +96,11 @@ def scan_files(
         num_workers: processes, 0 to read them in this one; at most one a processor.
         progress: is called with the number of files that have been read since the last call.
     """
-    files = _Files(FlatList(dict.fromkeys(file_names)))  # which workers share
     facts: dict[str, FileFacts] = {}
     loader = DataLoader(
-        files,
+        FlatList(dict.fromkeys(file_names)),  # which workers share
         batch_size=_FILES_PER_BATCH,
-        collate_fn=list,
+        collate_fn=_read_batch,  # in the workers
         num_workers=min(num_workers, os.cpu_count() or 1),
     )
     for batch in loader:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,11 @@ def load_coco(
         InputError: if the file is missing or not valid COCO; as in `read_coco`.
     """
     content = load_object(json_path, "annotation file")
-    image_entries = _entries(json_path, content, "images", required=True)
-    category_entries = _entries(json_path, content, "categories", required=require_annotations)
-    images = _read_images(json_path, image_entries, on_problem)
-    names = _read_categories(json_path, category_entries, on_problem)
+    images = _by_id(json_path, content, "images", True, _check_image, on_problem)
+    categories = _by_id(
+        json_path, content, "categories", require_annotations, _check_category, on_problem
+    )
+    names = {category_id: categories[category_id]["name"] for category_id in sorted(categories)}
     annotations: dict[int, dict[str, Any]] = {}
     if require_annotations:
         entries = _entries(json_path, content, "annotations", required=True)
@@ -125,44 +127,36 @@ def _is_id(value: Any) -> bool:
     return is_int(value) or isinstance(value, str)
 
 
-def _read_categories(
-    path: str | Path, entries: list[dict[str, Any]], on_problem: OnProblem
-) -> dict[int, str]:
-    """Return the category names by ascending id."""
-    names: dict[int, str] = {}
-    for index, entry in enumerate(entries):
-        where = describe_entry(path, "categories", index, entry)
-        category_id, name = entry.get("id"), entry.get("name")
+def _by_id(
+    path: str | Path,
+    content: dict[str, Any],
+    key: str,
+    required: bool,
+    check: Callable[[str, dict[str, Any]], None],
+    on_problem: OnProblem,
+) -> dict[Any, dict[str, Any]]:
+    """Return the entries of a list by their ids, in its order."""
+    what, kind = ("an image", "image entries") if key == "images" else ("a category", key)
+    found: dict[Any, dict[str, Any]] = {}
+    for index, entry in enumerate(_entries(path, content, key, required)):
+        where = describe_entry(path, key, index, entry)
         try:
-            if not is_int(category_id):
-                raise InputError(f"{where}: id must be an integer, got {category_id!r}")
-            if category_id in names:
-                raise InputError(f"{where}: the id of a category must be unique")
-            if not isinstance(name, str):
-                raise InputError(f"{where}: name must be a string, got {name!r}")
+            check(where, entry)
+            if entry["id"] in found:
+                raise InputError(f"{where}: the id of {what} must be unique")
         except InputError as error:
-            on_problem("categories", error)
+            on_problem(kind, error)
             continue
-        names[category_id] = name
-    return dict(sorted(names.items()))
+        found[entry["id"]] = entry
+    return found
 
 
-def _read_images(
-    path: str | Path, entries: list[dict[str, Any]], on_problem: OnProblem
-) -> dict[int | str, dict[str, Any]]:
-    """Return the entries by image id."""
-    images: dict[int | str, dict[str, Any]] = {}
-    for index, entry in enumerate(entries):
-        where = describe_entry(path, "images", index, entry)
-        try:
-            _check_image(where, entry)
-            if entry["id"] in images:
-                raise InputError(f"{where}: the id of an image must be unique")
-        except InputError as error:
-            on_problem("image entries", error)
-            continue
-        images[entry["id"]] = entry
-    return images
+def _check_category(where: str, entry: dict[str, Any]) -> None:
+    category_id, name = entry.get("id"), entry.get("name")
+    if not is_int(category_id):
+        raise InputError(f"{where}: id must be an integer, got {category_id!r}")
+    if not isinstance(name, str):
+        raise InputError(f"{where}: name must be a string, got {name!r}")
 
 
 def _check_image(where: str, entry: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from detectron2.data.datasets.coco import convert_to_coco_json
 from detectron2.evaluation import (
     COCOEvaluator,
     DatasetEvaluator,
+    DatasetEvaluators,
     PascalVOCDetectionEvaluator,
     inference_on_dataset,
     print_csv_format,
@@ -108,7 +109,7 @@ def build_evaluator(name: str, output_dir: str | Path) -> DatasetEvaluator:
     coco = _build_coco_evaluator(name, str(output_dir))
     if MetadataCatalog.get(name).evaluator_type == "coco":
         return coco
-    return _VocAndCocoEvaluator(PascalVOCDetectionEvaluator(name), coco)
+    return _VocAndCocoEvaluator([PascalVOCDetectionEvaluator(name), coco])
 
 
 def _build_coco_evaluator(name: str, output_dir: str) -> COCOEvaluator:
@@ -128,26 +129,15 @@ def _build_coco_evaluator(name: str, output_dir: str) -> COCOEvaluator:
         del metadata.json_file  # or the set would never be converted again
 
 
-class _VocAndCocoEvaluator(DatasetEvaluator):
-    """Two definitions of AP on the same predictions."""
-
-    def __init__(self, voc: PascalVOCDetectionEvaluator, coco: COCOEvaluator):
-        self._evaluators = {"voc": voc, "coco": coco}
-
-    def reset(self) -> None:
-        for evaluator in self._evaluators.values():
-            evaluator.reset()
-
-    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        for evaluator in self._evaluators.values():
-            evaluator.process(inputs, outputs)
+class _VocAndCocoEvaluator(DatasetEvaluators):
+    """Two definitions of AP on the same predictions, which Detectron2's own class cannot join."""
 
     def evaluate(self) -> dict[str, dict[str, float]]:
-        # All of them on every rank: they gather.
-        results = {kind: evaluator.evaluate() for kind, evaluator in self._evaluators.items()}
+        # Both on every rank: they gather.
+        results = [evaluator.evaluate() for evaluator in self._evaluators]
         return {
             kind: {metric: float(value) for metric, value in result["bbox"].items()}
-            for kind, result in results.items()
+            for kind, result in zip(("voc", "coco"), results, strict=True)
             if result
         }
 

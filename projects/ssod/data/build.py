@@ -61,11 +61,7 @@ def read_unlabeled(
         InputError: for two lists of them, and as the readers.
     """
     data, classes = cfg.SSOD.DATA, classes_of(labeled)
-    if data.UNLABELED_JSON and data.UNLABELED_INDEX:
-        raise InputError(
-            "SSOD.DATA.UNLABELED_JSON and SSOD.DATA.UNLABELED_INDEX both name unlabeled images; "
-            "set one of them"
-        )
+    _check_one_of(data, "UNLABELED_JSON", "UNLABELED_INDEX")
     if data.UNLABELED_JSON:
         return read_coco(
             data.UNLABELED_JSON,
@@ -88,7 +84,7 @@ def read_labeled(cfg: CfgNode, on_problem: OnProblem = stop) -> DetectionDataset
         InputError: if none or two are named, and as `read_coco` and `read_voc`.
     """
     data = cfg.SSOD.DATA
-    _check_one_of("LABELED", data.LABELED_JSON, data.LABELED_VOC)
+    _check_one_of(data, "LABELED_JSON", "LABELED_VOC")
     options = {"skip_invalid_boxes": data.SKIP_INVALID_BOXES, "on_problem": on_problem}
     if data.LABELED_VOC:
         return read_voc(data.LABELED_VOC, data.LABELED_IMAGES, **options)
@@ -109,7 +105,7 @@ def read_val(
     None if it names none, and without a labeled set for VOC files, which have its classes.
     """
     data = cfg.SSOD.DATA
-    _check_one_of("VAL", data.VAL_JSON, data.VAL_VOC)
+    _check_one_of(data, "VAL_JSON", "VAL_VOC")
     options = {"skip_invalid_boxes": True, "on_problem": on_problem}
     if data.VAL_VOC:
         if labeled is None:
@@ -127,11 +123,10 @@ def read_hidden_truth(cfg: CfgNode, on_problem: OnProblem = stop) -> DetectionDa
     return read_coco(data.UNLABELED_TRUTH_JSON, data.UNLABELED_IMAGES, **options)
 
 
-def _check_one_of(group: str, json_file: str, voc: str) -> None:
-    if json_file and voc:
-        raise InputError(
-            f"SSOD.DATA.{group}_JSON and SSOD.DATA.{group}_VOC both name images; set one of them"
-        )
+def _check_one_of(data: CfgNode, *keys: str) -> None:
+    if all(data[key] for key in keys):
+        names = " and ".join(f"SSOD.DATA.{key}" for key in keys)
+        raise InputError(f"{names} both name images; set one of them")
 
 
 def set_names(cfg: CfgNode) -> tuple[str, str, str]:

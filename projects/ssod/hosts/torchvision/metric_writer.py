@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -18,7 +19,7 @@ def read_evaluation(output_dir: str | Path, iteration: int) -> dict[str, float]:
     return {}
 
 
-class MetricLog:
+class MetricLog(AbstractContextManager):
     """
     Writer of `metrics.json`, one JSON object a line, and of TensorBoard events.
 
@@ -38,9 +39,6 @@ class MetricLog:
         self._file.write(json.dumps({"iteration": iteration} | values) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, iteration)
-
-    def __enter__(self) -> MetricLog:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -74,8 +74,15 @@ def format_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> s
         rows: values by column name; floats are shown with one decimal, nan and missing as "-".
         columns: which columns in which order; the first is left-aligned, the others right.
     """
+
+    def text(value: Any) -> str:
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return "-"
+        return f"{value:.1f}" if isinstance(value, float) else str(value)
+
     align = ["left", *["right"] * (len(columns) - 1)] if rows else None
-    return tabulate(_cells(rows, columns), columns, disable_numparse=True, colalign=align)
+    cells = [[text(row.get(column)) for column in columns] for row in rows]
+    return tabulate(cells, columns, disable_numparse=True, colalign=align)
 
 
 def draw_report(
@@ -141,43 +148,21 @@ def _render(figure: Figure) -> Image.Image:
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _cells(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> list[list[str]]:
-    def text(value: Any) -> str:
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return "-"
-        return f"{value:.1f}" if isinstance(value, float) else str(value)
-
-    return [[text(row.get(column)) for column in columns] for row in rows]
-
-
 def _draw_header(
     title: str,
     class_names: Sequence[str],
     rows: Sequence[Mapping[str, Any]],
     columns: Sequence[str],
 ) -> Image.Image:
-    # Three table lines leave room for the legend.
-    height = 0.8 + 0.3 * max(len(rows) + 1, 3)
+    # Four table lines leave room for the legend.
+    height = 0.6 + 0.21 * max(len(rows) + 2, 4)
     figure = Figure((_WIDTH / _DPI, height), dpi=_DPI, layout="constrained")
     figure.suptitle(title, x=0.008, ha="left", fontsize=18, fontweight="bold")
     ax = figure.subplots()
     ax.axis("off")
     if rows:
-        table = ax.table(
-            _cells(rows, columns),
-            colLabels=columns,
-            colWidths=[0.2, *[0.4 / max(len(columns) - 1, 5)] * (len(columns) - 1)],
-            loc="upper left",
-            edges="horizontal",
-        )
-        table.auto_set_font_size(False)
-        table.set_fontsize(12)
-        for (row, column), cell in table.get_celld().items():
-            cell.set_height(1 / (len(rows) + 1))
-            cell.set_edgecolor("#bbbbbb")
-            cell.set_text_props(
-                ha="left" if column == 0 else "right", weight="bold" if row == 0 else "normal"
-            )
+        table = format_table(rows, columns)
+        ax.text(0.005, 1, table, transform=ax.transAxes, va="top", family="monospace", fontsize=12)
     # More names than these are no legend any more; the boxes carry them anyway.
     handles: list[Any] = [
         Patch(color=class_color(label), label=name) for label, name in enumerate(class_names[:12])

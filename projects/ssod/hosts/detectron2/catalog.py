@@ -24,8 +24,12 @@ from ssod.data.datasets import DetectionDataset, ImageRecord, read_coco
 from ssod.data.images import read_image_size
 from ssod.data.reading import XYWH, XYXY, OnProblem, read_box, skipping_boxes, stop
 from ssod.errors import InputError
-from ssod.hosts.detectron2.evaluators import check_evaluable, reading_catalog, test_dataset_names
-from ssod.hosts.detectron2.voc import standard_format
+from ssod.hosts.detectron2.evaluators import (
+    check_evaluable,
+    reading_catalog,
+    standard_format,
+    test_dataset_names,
+)
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import ParseError
@@ -29,13 +30,14 @@ from detectron2.evaluation import (
     inference_on_dataset,
     print_csv_format,
 )
+from detectron2.structures import BoxMode
 from detectron2.utils import comm
 
+from ssod.data import build
 from ssod.data.datasets import DetectionDataset, read_coco
 from ssod.data.loader import BatchLoader
 from ssod.errors import InputError
 from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
-from ssod.hosts.detectron2.voc import register_voc
 
 logger = logging.getLogger(__name__)
 
@@ -181,27 +183,60 @@ def test_dataset_names(cfg: CfgNode, val: DetectionDataset | None = None) -> tup
     """
     Return the sets that AP is measured on: names in `DatasetCatalog`, () for no evaluation.
 
-    `SSOD.DATA.VAL_JSON` or `VAL_VOC` is registered under the paths of the file and its images.
+    `SSOD.DATA.VAL_JSON` or `VAL_VOC` is registered under the paths of the file and its images, and
+    measured as COCO measures.
 
     Args:
         cfg: the config.
         val: what these files hold, if they have been read already.
 
     Raises:
-        InputError: if that file is not valid COCO, or as `register_voc`.
+        InputError: if that file is not valid COCO; for VOC files as `read_labeled` and `read_val`
+            of `ssod.data.build`, and if the labeled images are not named by their files.
     """
     files = cfg.SSOD.DATA
-    if files.VAL_VOC and not cfg.DATASETS.TEST:
-        return (register_voc(cfg, val),)
-    if cfg.DATASETS.TEST or not files.VAL_JSON:
+    if cfg.DATASETS.TEST or not (files.VAL_JSON or files.VAL_VOC):
         return tuple(cfg.DATASETS.TEST)
-    json_file, images = os.path.abspath(files.VAL_JSON), os.path.abspath(files.VAL_IMAGES)
-    name = f"{json_file}:{images}"
-    if name not in DatasetCatalog.list():
+    path, images = map(os.path.abspath, (files.VAL_VOC or files.VAL_JSON, files.VAL_IMAGES))
+    name = f"voc:{path}:{images}" if files.VAL_VOC else f"{path}:{images}"
+    if name in DatasetCatalog.list():
+        return (name,)
+    if not files.VAL_VOC:
         if val is None:
-            read_coco(json_file, images, skip_invalid_boxes=True)  # for its checks
-        register_coco_instances(name, {}, json_file, images)
+            read_coco(path, images, skip_invalid_boxes=True)  # for its checks
+        register_coco_instances(name, {}, path, images)
+        return (name,)
+    if cfg.DATASETS.TRAIN:
+        raise InputError(
+            "SSOD.DATA.VAL_VOC needs labeled images in SSOD.DATA, whose classes it has; with "
+            "DATASETS.TRAIN set DATASETS.TEST instead"
+        )
+    if val is None:
+        val = build.read_val(cfg, build.read_labeled(cfg))
+    DatasetCatalog.register(name, partial(standard_format, val))
+    MetadataCatalog.get(name).set(
+        evaluator_type="coco",
+        thing_classes=val.class_names,
+        thing_dataset_id_to_contiguous_id={i: k for k, i in enumerate(val.category_ids)},
+    )
     return (name,)
+
+
+def standard_format(dataset: DetectionDataset) -> list[dict[str, Any]]:
+    """Return the images and boxes of a set as Detectron2's catalog has them."""
+    return [
+        {
+            "file_name": record.file_name,
+            "image_id": record.image_id,
+            "height": record.height,
+            "width": record.width,
+            "annotations": [
+                {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label}
+                for box, label in zip(record.boxes.tolist(), record.classes.tolist(), strict=True)
+            ],
+        }
+        for record in dataset
+    ]
 
 
 def check_evaluable(name: str) -> None:

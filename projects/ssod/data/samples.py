@@ -7,8 +7,8 @@ neither the number of workers nor the iteration a run was resumed at makes a dif
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +55,8 @@ class TwoStreamDataset(Dataset):
     """
     Maps the keys of `TwoStreamSampler` to training samples.
 
-    A file that cannot be decoded is replaced by another image of its set, drawn from the key.
+    A file that cannot be decoded is replaced by another image of its set, drawn from the key. For
+    `view_args` see `make_views`.
     """
 
     def __init__(
@@ -64,15 +65,13 @@ class TwoStreamDataset(Dataset):
         unlabeled: DetectionDataset | None,
         *,
         seed: int,
-        min_sizes: Sequence[int],
-        max_size: int,
-        flip: bool,
-        labeled_strong: bool = True,
+        labeled_strong: bool,
+        **view_args: Any,
     ):
         self._labeled_strong = labeled_strong
         self._datasets = (labeled, unlabeled)
         self._seed = seed
-        self._view_args = {"min_sizes": min_sizes, "max_size": max_size, "flip": flip}
+        self._view_args = view_args
 
     def __getitem__(self, key: SampleKey) -> TrainingSample:
         """

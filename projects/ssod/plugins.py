@@ -25,11 +25,8 @@ def load_plugin(path: str, cfg: CfgNode) -> None:
     Run a Python file that registers filters and methods, and add their keys to a config.
 
     A keyword argument of a filter becomes a key of `SSOD.FILTER`, one of a method a key of its
-    group, in upper case and with the default as its value; the group gets `ENABLED` False.
-
-    Args:
-        path: of the file; run once in a process.
-        cfg: with the group `SSOD`; changed in place.
+    group, in upper case and with the default as its value; the group gets `ENABLED` False. The
+    file is run once in a process, and the config changed in place.
 
     Raises:
         InputError: if the file is missing or fails, or an argument has no default.

@@ -112,15 +112,7 @@ def scan_files(
 def check_files(
     name: str, dataset: DetectionDataset, facts: Mapping[str, FileFacts], findings: Findings
 ) -> None:
-    """
-    Collect the problems of the files of a set, and sizes other than in its annotations.
-
-    Args:
-        name: of the set, for the messages.
-        dataset: the set.
-        facts: of all its files.
-        findings: problems are added to it.
-    """
+    """Add the problems of a set's files, and sizes other than in its annotations, to `findings`."""
     for record in dataset:
         found = facts[record.file_name]
         where = f"{name}, image {record.image_id!r}"
@@ -141,14 +133,9 @@ def check_overlap(
     sets: Mapping[str, DetectionDataset], facts: Mapping[str, FileFacts], findings: Findings
 ) -> None:
     """
-    Collect images, equal byte for byte, that are in two sets or twice in one.
+    Add images, equal byte for byte, that are in two sets or twice in one, to `findings`.
 
     One of the labeled set that is in another is an error, the rest are warnings.
-
-    Args:
-        sets: by their names.
-        facts: of all their files.
-        findings: problems are added to it.
     """
     first: dict[bytes, tuple[str, str]] = {}
     for name, dataset in sets.items():
@@ -184,11 +171,7 @@ def describe_sets(
     sets: Mapping[str, DetectionDataset], labeled: Sequence[str]
 ) -> tuple[list[Row], list[Row]]:
     """
-    Count images, boxes and sizes.
-
-    Args:
-        sets: by their names.
-        labeled: names of the sets that have boxes.
+    Count images, boxes and sizes of sets, of which those named in `labeled` have boxes.
 
     Returns:
         A row a set, and a row a class with the boxes of the sets that have any.

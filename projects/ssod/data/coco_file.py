@@ -41,10 +41,7 @@ def load_coco(
     """
     Read a COCO annotation file as it is; no image file is looked for.
 
-    Args:
-        json_path: the annotation file.
-        require_annotations: as in `read_coco`.
-        on_problem: the same.
+    Arguments are those of `read_coco`.
 
     Raises:
         InputError: if the file is missing or not valid COCO; as in `read_coco`.
@@ -76,11 +73,7 @@ def is_crowd(annotation: dict[str, Any]) -> bool:
 
 def load_object(path: str | Path, what: str) -> dict[str, Any]:
     """
-    Read a JSON file that holds an object.
-
-    Args:
-        path: of the file.
-        what: the file is, for errors.
+    Read a JSON file that holds an object; `what` the file is stands in errors.
 
     Raises:
         InputError: if it is missing, not JSON, or another value than an object.

@@ -150,11 +150,9 @@ def find_images(root: str) -> list[str]:
 
 def read_sizes(root: str, names: Sequence[str]) -> Iterator[tuple[int, int] | InputError]:
     """
-    Read the size of each image of a folder: (height, width) in pixels, or why there is none.
+    Read the size of each image: (height, width) in pixels, or why there is none.
 
-    Args:
-        root: the folder.
-        names: paths relative to it.
+    The names are paths relative to the folder `root`.
     """
     # Threads, as headers are small and disks far away: the time is spent waiting.
     with ThreadPool(_THREADS) as pool:

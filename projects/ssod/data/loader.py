@@ -131,12 +131,7 @@ class FailedImages:
     """
 
     def __init__(self, max_share: float):
-        """
-        Start at zero.
-
-        Args:
-            max_share: largest share of the samples drawn that may fail, in [0, 1].
-        """
+        """Start at zero; `max_share`, in [0, 1], of the samples drawn may fail."""
         self._max_share = max_share
         self._files: set[str] = set()
         self.num_failed = 0
@@ -156,9 +151,7 @@ class FailedImages:
         """
         Stop a training that loses too many images.
 
-        Args:
-            num_failed: summed over ranks, so that all of them stop together.
-            num_drawn: the same.
+        Both numbers are sums over ranks, so that all of them stop together.
 
         Raises:
             InputError: if more than the allowed share failed, once 100 samples were drawn.
@@ -229,14 +222,7 @@ class BatchLoader(DataLoader):
     """
 
     def __init__(self, dataset: Dataset, collate: Callable[[list], Any], **kwargs: Any):
-        """
-        Make the loader.
-
-        Args:
-            dataset: its items may raise `InputError`.
-            collate: makes a batch of a list of items, in the worker.
-            kwargs: of `DataLoader`.
-        """
+        """Take items, which may raise `InputError`; workers `collate` a list of them to a batch."""
         super().__init__(
             _BatchDataset(dataset, collate),
             collate_fn=_identity,

@@ -141,12 +141,7 @@ class _ImageFinder:
 
     def find(self, image_id: str, xml: Path, name: str) -> str:
         """
-        Return the absolute path of an image.
-
-        Args:
-            image_id: path of the XML file without suffix, with forward slashes.
-            xml: that file.
-            name: its `<filename>`.
+        Return the absolute path of the image of an XML file, whose `<filename>` is `name`.
 
         Raises:
             InputError: if there is none, several, or another XML file has it.

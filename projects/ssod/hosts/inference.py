@@ -61,14 +61,9 @@ def find(
     skip_broken: bool = False,
 ) -> Iterator[tuple[ImageRecord, Detections]]:
     """
-    Run a detector, in eval mode, over a data set.
+    Run a detector on `device`, in eval mode, over a data set; its own mode is restored at the end.
 
-    Args:
-        detector: its mode is restored at the end.
-        dataset: images to detect objects in.
-        cfg: test sizes and workers.
-        device: of the detector.
-        skip_broken: leave out images that cannot be decoded.
+    With `skip_broken` images that cannot be decoded are left out.
 
     Returns:
         An iterator over each image's record and detections in its original pixels, on the CPU;

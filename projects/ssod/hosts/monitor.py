@@ -46,13 +46,7 @@ def monitor_pseudo_labels(
     device: torch.device,
 ) -> dict[str, float]:
     """
-    Compare pseudo-labels with the truth that training never sees.
-
-    Args:
-        model: its teacher and its filter label the images.
-        images: from `choose_monitored`.
-        cfg: test sizes and workers.
-        device: of the model.
+    Compare pseudo-labels of the images of `choose_monitored` with the truth.
 
     Returns:
         `pseudo/precision`, `pseudo/weighted_precision` and `pseudo/recall` in [0, 1], boxes per
@@ -96,12 +90,7 @@ class WeightAlarm:
     PATIENCE = 500  # iterations
 
     def __init__(self, is_soft: bool):
-        """
-        Start.
-
-        Args:
-            is_soft: whether the filter gives weights other than 1.
-        """
+        """Start; `is_soft` tells whether the filter gives weights other than 1."""
         self._is_soft = is_soft
         self._since: int | None = None
         self._num = self._weight = 0.0

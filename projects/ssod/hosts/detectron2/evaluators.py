@@ -184,11 +184,7 @@ def test_dataset_names(cfg: CfgNode, val: DetectionDataset | None = None) -> tup
     Return the sets that AP is measured on: names in `DatasetCatalog`, () for no evaluation.
 
     `SSOD.DATA.VAL_JSON` or `VAL_VOC` is registered under the paths of the file and its images, and
-    measured as COCO measures.
-
-    Args:
-        cfg: the config.
-        val: what these files hold, if they have been read already.
+    measured as COCO measures. If `val` is given, it is what these files hold.
 
     Raises:
         InputError: if that file is not valid COCO; for VOC files as `read_labeled` and `read_val`

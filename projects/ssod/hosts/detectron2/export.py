@@ -51,11 +51,7 @@ def export_detector(
     """
     Write `model.pth` and `config.yaml`, which Detectron2 loads without this project.
 
-    Args:
-        cfg: config of the run.
-        checkpoint_path: a checkpoint of the run.
-        output_dir: folder to write into; an earlier export there is replaced.
-        which: detector to export.
+    They are of a config and a checkpoint of a run; an earlier export in the folder is replaced.
 
     Raises:
         InputError: if the checkpoint is not one of this config, its teacher has not started, or

@@ -38,12 +38,9 @@ COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 def run(args: argparse.Namespace) -> None:
     """
-    Train or evaluate with as many processes as the arguments or torchrun's variables ask for.
+    Train or evaluate with as many processes as `train_net.py`'s or torchrun's arguments ask for.
 
     Without GPUs the processes use gloo and one CPU.
-
-    Args:
-        args: of `train_net.py`.
 
     Raises:
         InputError: for more processes than GPUs; and as `Run`, if there is one process.

@@ -47,13 +47,8 @@ def read_image_folder(
     Files are found by their suffix (jpg, jpeg, png, webp, bmp, tif, tiff in any case) in all
     subfolders and sorted; hidden files and folders are skipped. The id of an image is its path
     relative to the folder, with forward slashes. Files with unreadable headers are left out with
-    one warning.
-
-    Args:
-        path: the folder.
-        class_names: K names, those of the labeled set.
-        category_ids: K ids, those of the labeled set.
-        on_problem: is told of each unreadable file.
+    one warning, and `on_problem` is told of each. Names and ids of the K classes are those of the
+    labeled set.
 
     Raises:
         InputError: if the folder is missing or has no readable image.
@@ -76,12 +71,7 @@ def read_images(
 
     Paths keep their order; what is in a folder is found as by `read_image_folder`, and a file that
     is named twice is read once. The id of an image is its path, with forward slashes, relative to
-    the deepest folder that all of them are in.
-
-    Args:
-        paths: at least one.
-        class_names: K names.
-        category_ids: K ids.
+    the deepest folder that all of them are in. There are K class names and category ids.
 
     Returns:
         The set, and an error for each file whose header cannot be read, which is left out.

@@ -87,12 +87,9 @@ def draw_boxes(
 
 def draw_sheet(heading: str, cells: Sequence[tuple[Image.Image, str]], columns: int) -> Image.Image:
     """
-    Lay pictures out in rows on white.
+    Lay pictures out in rows on white, with lines of text at the top.
 
-    Args:
-        heading: lines of text at the top.
-        cells: pictures of any sizes, with one line of text above each, which is cut to fit.
-        columns: pictures in a row.
+    The cells are pictures of any sizes, with one line of text above each, which is cut to fit.
     """
     font = _font(14)
     text_height = sum(font.getmetrics())

@@ -100,20 +100,11 @@ def draw_report(
     """
     Write a PNG, 1600 pixels wide, that shows a run at a glance.
 
-    From top to bottom: title and result table; validation images with predictions and truth;
-    unlabeled images as pairs of pseudo-boxes and hidden truth; plots over iterations. A part
-    without content is left out; a plot without points says so.
-
-    Args:
-        path: file to write; its directory is made.
-        title: headline.
-        class_names: name of each class; a class has the same color everywhere.
-        validation: any number of images.
-        unlabeled: the same; each is drawn twice.
-        curves: the lines of each plot by the plot's title.
-        burn_in_iters: iteration to mark in every plot, None for no mark.
-        rows: the result table, as for `format_table`.
-        columns: its columns.
+    From top to bottom: title and result table, as of `format_table`; validation images with
+    predictions and truth; unlabeled images as pairs of pseudo-boxes and hidden truth; plots over
+    iterations, `curves` by their titles, with a mark at `burn_in_iters` unless that is None. A part
+    without content is left out; a plot without points says so. A class has the same color
+    everywhere. The directory of the file is made.
     """
     parts = [_draw_header(title, class_names, rows, columns)]
     if validation:

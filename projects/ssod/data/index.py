@@ -93,9 +93,8 @@ def read_index(
     missing = [name for name in looked_for if not os.path.isfile(name)]
     if missing:
         raise InputError(
-            f"{path}: {len(missing)} of {len(looked_for)} image files looked for are missing, the "
-            f"first is {missing[0]!r}: set SSOD.DATA.UNLABELED_IMAGES to their folder, or make the "
-            "index again"
+            f"{path}: {len(missing)} of {len(looked_for)} image files looked for are missing, such "
+            f"as {missing[0]!r}: set SSOD.DATA.UNLABELED_IMAGES to their folder, or index it again"
         )
     return dataset
 

@@ -63,8 +63,7 @@ def read_source(path: str | Path) -> CocoFile:
         if first != image_id:
             raise InputError(
                 f"{path}: images {first!r} and {image_id!r} are the same file "
-                f"{entry['file_name']!r}, which would be labeled and unlabeled at once: list it "
-                "once"
+                f"{entry['file_name']!r}, which could be in both parts: list it once"
             )
     return source
 
@@ -123,10 +122,8 @@ def read_unbiased_teacher(
     for key in (str(float(percent)), str(fold)):
         if not isinstance(folds, dict) or key not in folds:
             found = ", ".join(map(repr, folds)) if isinstance(folds, dict) else repr(folds)
-            raise InputError(
-                f"{path}: has no entry {key!r} for percent {percent}, fold {fold}; found "
-                f"{found[:100]}"
-            )
+            wanted = f"entry {key!r} for percent {percent}, fold {fold}"
+            raise InputError(f"{path}: has no {wanted}; found {found[:100]}")
         folds = folds[key]
     positions = folds
     if (
@@ -150,8 +147,7 @@ def read_unbiased_teacher(
     if max(positions) >= len(ids) or len(positions) != int(percent / 100 * len(ids)):
         raise InputError(
             f"{source_path}: {len(ids)} images with boxes, but {path} has {len(positions)} "
-            f"positions up to {max(positions)} as {percent} percent: name the file that it was "
-            "made for"
+            f"positions up to {max(positions)} as {percent} percent: name the file it was made for"
         )
     labeled = frozenset(ids[position] for position in positions)
     return Split("unbiased-teacher", percent, fold, labeled, frozenset(ids) - labeled)
@@ -233,8 +229,7 @@ def check_pair(labeled: CocoFile, unlabeled: CocoFile) -> None:
         file, one, other = pairs[0]
         raise InputError(
             f"leak: {len(pairs)} of {len(labeled.images)} labeled images are unlabeled under "
-            f"another id, among them {file!r} with the ids {one!r} and {other!r}: remove them from "
-            "one of the two files"
+            f"another id, among them {file!r} with the ids {one!r} and {other!r}: remove one"
         )
 
 

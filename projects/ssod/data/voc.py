@@ -194,10 +194,8 @@ def _read_file(image_id: str, xml: Path, finder: _ImageFinder, on_problem: OnPro
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # encodings raise the latter
         raise InputError(f"{xml}: expected an XML file, but it is not XML ({error})") from error
     if root.tag != "annotation":
-        raise InputError(
-            f"{xml}: expected a Pascal VOC file, whose top element is <annotation>, but it is "
-            f"<{root.tag}>"
-        )
+        expected = "expected a Pascal VOC file, whose top element is <annotation>"
+        raise InputError(f"{xml}: {expected}, but it is <{root.tag}>")
     file_name = finder.find(image_id, xml, _text(root, "filename"))
     height, width = (_read_side(xml, root, side) for side in ("height", "width"))
     if not height or not width:

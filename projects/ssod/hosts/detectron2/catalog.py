@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 COCO_UNLABELED = "coco_2017_unlabeled"
 _UNLABELED_FILES = tuple(f"UNLABELED_{end}" for end in ("JSON", "INDEX", "IMAGES", "TRUTH_JSON"))
 _ENTRIES = "image entries"
-_FORMS = ((BoxMode.XYXY_ABS, XYXY), (BoxMode.XYWH_ABS, XYWH))
+_FORMS = {BoxMode.XYXY_ABS: XYXY, BoxMode.XYWH_ABS: XYWH}
 _Set = tuple[str, list[dict[str, Any]]]  # a name, and images in Detectron2's standard format
 
 
@@ -142,10 +142,8 @@ def read_catalog(
     for name, found in zip(names, classes, strict=True):
         if not found or found != classes[0]:
             problem = f"differ from those of {names[0]}" if found else "are missing"
-            raise InputError(
-                f"{name}: its thing_classes {problem}; set them in MetadataCatalog, the same for "
-                "all sets that are used together"
-            )
+            message = f"{name}: its thing_classes {problem}; set them in MetadataCatalog"
+            raise InputError(f"{message}, the same for all sets that are used together")
     if filter_empty:
         sets = [(name, [e for e in entries if _objects(e)]) for name, entries in sets]
         logger.info("%s: %d images with boxes", ", ".join(names), sum(len(e) for _, e in sets))
@@ -258,15 +256,12 @@ def _read_form_and_class(
     where: str, annotation: dict[str, Any], num_classes: int
 ) -> tuple[str, int]:
     mode, label = annotation.get("bbox_mode"), annotation.get("category_id")
-    form = next((form for known, form in _FORMS if known == mode), None)
-    if form is None:
+    if mode not in tuple(_FORMS):  # which need not be hashable
         raise InputError(f"{where}: bbox_mode must be XYXY_ABS or XYWH_ABS, got {mode!r}")
     if not isinstance(label, (int, np.integer)) or not 0 <= label < num_classes:
-        raise InputError(
-            f"{where}: category_id must be an index into thing_classes in [0, {num_classes}), got "
-            f"{label!r}"
-        )
-    return form, int(label)
+        wanted = f"an index into thing_classes in [0, {num_classes})"
+        raise InputError(f"{where}: category_id must be {wanted}, got {label!r}")
+    return _FORMS[mode], int(label)
 
 
 def _load_unlabeled(json_file: str, images: str) -> list[dict[str, Any]]:

@@ -278,10 +278,8 @@ def build_test_loader(cfg: CfgNode, name: str) -> BatchLoader:
     found = len(MetadataCatalog.get(name).get("thing_classes", ()))
     expected = cfg.MODEL.ROI_HEADS.NUM_CLASSES
     if found != expected:
-        raise InputError(
-            f"{name}: has {found} classes, but MODEL.ROI_HEADS.NUM_CLASSES is {expected}; "
-            "both must be the same"
-        )
+        number = f"MODEL.ROI_HEADS.NUM_CLASSES is {expected}"
+        raise InputError(f"{name}: has {found} classes, but {number}; both must be the same")
     return BatchLoader(
         loader.dataset, list, batch_sampler=loader.batch_sampler, num_workers=loader.num_workers
     )

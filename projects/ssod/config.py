@@ -249,17 +249,10 @@ def _load_yaml(path: str) -> dict:
     try:
         loaded = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
     # fvcore lets TypeError out for an empty file and RecursionError for a `_BASE_` of itself.
-    except (
-        yaml.YAMLError,
-        OSError,
-        ValueError,
-        AssertionError,
-        TypeError,
-        RecursionError,
-    ) as error:
+    except (yaml.YAMLError, OSError, ValueError, AssertionError, TypeError, RecursionError) as bad:
         raise InputError(
-            f"{path}: cannot be read as a YAML mapping of keys: {' '.join(str(error).split())}"
-        ) from error
+            f"{path}: cannot be read as a YAML mapping of keys: {' '.join(str(bad).split())}"
+        ) from bad
     if not isinstance(loaded, dict):
         raise InputError(f"{path}: expected a mapping of keys, got {type(loaded).__name__}")
     return loaded
@@ -270,6 +263,9 @@ def merge_config(
 ) -> CfgNode:
     """
     Merge a YAML file (with `_BASE_`) and `KEY VALUE ...` overrides into a host's defaults.
+
+    Not `CfgNode.merge_from_file`, also for Detectron2's: that runs code which a YAML file holds,
+    refuses 1 for 1.0, and says of a wrong key neither where it stands nor which one is near.
 
     Args:
         cfg: the host's defaults with `add_ssod_config` applied; changed in place and returned.
@@ -294,7 +290,7 @@ def merge_config(
         leaves = {k: v for k, v in leaves.items() if not _is_of_plugin(cfg, k)}
     for key, value in leaves.items():
         _set(cfg, key, value, path)
-    for key, text in zip(overrides[::2], overrides[1::2], strict=True):
+    for key, text in pairs.items():
         _set(cfg, key, text, "command line")
     return cfg
 

@@ -44,21 +44,6 @@ def all_gather(block: Tensor) -> Tensor:
     return gathered.view(get_world_size(), *block.shape)
 
 
-def mean_over_ranks(values: dict[str, Tensor]) -> dict[str, float]:
-    """
-    Average scalars over ranks with one reduction and one copy to the host.
-
-    Args:
-        values: name to 0-dim tensor; the same names on every rank. Without any nothing is reduced.
-    """
-    if not values:
-        return {}
-    names = sorted(values)
-    stacked = torch.stack([values[name].detach().double() for name in names])
-    mean = (all_reduce_sum(stacked) / get_world_size()).tolist()
-    return dict(zip(names, mean, strict=True))
-
-
 def seed_step(seed: int, iteration: int) -> None:
     """
     Seed torch's generators for one training iteration of this rank.

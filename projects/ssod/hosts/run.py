@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from fvcore.common.config import CfgNode
 
-from ssod.core.distributed import get_rank
+from ssod.core.distributed import get_rank, get_world_size
 from ssod.core.ema import update_ema
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.build import RunData
@@ -21,6 +21,7 @@ from ssod.data.datasets import DetectionDataset
 from ssod.errors import InputError
 from ssod.hosts.checkpoint import is_run_checkpoint, load_teacher_student
 from ssod.hosts.monitor import choose_monitored, monitor_pseudo_labels
+from ssod.hosts.step import TrainingStep
 from ssod.hosts.sweep import tell_labels
 
 logger = logging.getLogger(__name__)
@@ -36,11 +37,11 @@ class BaseRun(ABC):
         for_training: False for evaluation alone, which needs no training images.
 
     Attributes:
-        cfg: as given.
         output: `OUTPUT_DIR`.
         device: of the model.
         data: sets it is trained on, None if it is only evaluated.
         model: student and teacher.
+        step: what is done in an iteration; only of a run that trains.
 
     Raises:
         InputError: for anything in the config, the data or the checkpoint that cannot be used,
@@ -51,19 +52,23 @@ class BaseRun(ABC):
         self.cfg = cfg
         self.output = Path(cfg.OUTPUT_DIR)
         self.device = usable_device(cfg)
+        if for_training:
+            _check_parts(cfg)
         self.data: RunData | None = self._load_data() if for_training else None
         torch.manual_seed(cfg.SEED)
         self.model = self._build_model()
-        self._state: dict[str, Any] = {}  # of the checkpoint, until training starts
+        state = self._read_checkpoint(checkpoint) if checkpoint else {}
         if checkpoint:
-            self._state = self._read_checkpoint(checkpoint)
-            load_teacher_student(self.model, self._state["model"], checkpoint)
+            load_teacher_student(self.model, state["model"], checkpoint)
             logger.info("%s is at iteration %d", checkpoint, self.model.iteration)
         elif cfg.MODEL.WEIGHTS:
             self._load_weights(cfg.MODEL.WEIGHTS)
             update_ema(self.model.teacher, self.model.student, decay=0.0)
         if self.data is not None:
             tell_labels(self.model, self.data)
+            self.step = self._build_step()
+            if checkpoint:
+                self.step.load_state_dict(state.get("trainer", state), checkpoint)
 
     @abstractmethod
     def _load_data(self) -> RunData:
@@ -72,6 +77,10 @@ class BaseRun(ABC):
     @abstractmethod
     def _build_model(self) -> TeacherStudent:
         """Build student, teacher, filter and methods with initial weights on the device."""
+
+    @abstractmethod
+    def _build_step(self) -> TrainingStep:
+        """Build the step, with the host's optimizer."""
 
     @abstractmethod
     def _load_weights(self, path: str) -> None:
@@ -137,14 +146,9 @@ def usable_device(cfg: CfgNode) -> torch.device:
     return device
 
 
-def check_parts(cfg: CfgNode, world_size: int) -> None:
-    """
-    Make sure that both batches can be divided among processes and `SSOD.ACCUMULATE_STEPS`.
-
-    Raises:
-        InputError: if one of them cannot.
-    """
-    passes = cfg.SSOD.ACCUMULATE_STEPS
+def _check_parts(cfg: CfgNode) -> None:
+    """Make sure that both batches can be divided among processes and passes."""
+    world_size, passes = get_world_size(), cfg.SSOD.ACCUMULATE_STEPS
     for key, batch in (
         ("SOLVER.IMS_PER_BATCH", cfg.SOLVER.IMS_PER_BATCH),
         ("SSOD.DATA.UNLABELED_PER_BATCH", cfg.SSOD.DATA.UNLABELED_PER_BATCH),

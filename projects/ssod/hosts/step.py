@@ -46,7 +46,6 @@ class TrainingStep:
 
     Attributes:
         model: the `TeacherStudent`.
-        optimizer: as given.
         grad_scaler: scales losses with `SSOD.AMP_DTYPE` float16.
         num_skipped: steps that were not finite, as of the last `read_metrics`.
     """

@@ -26,6 +26,7 @@ from ssod.core.distributed import get_rank, get_world_size
 from ssod.data.build import RunData, build_train_loader
 from ssod.errors import InputError
 from ssod.files import replacing
+from ssod.hosts import optimizer
 from ssod.hosts.checkpoint import read_checkpoint
 from ssod.hosts.detectron2.catalog import load_run_data
 from ssod.hosts.detectron2.defaults import check_config
@@ -40,8 +41,7 @@ from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
 from ssod.hosts.detectron2.trainer import TeacherStudentTrainer
 from ssod.hosts.detectron2.weights import load_weights, local_path
 from ssod.hosts.metric_log import LOG_NAME, read_metrics, truncate_metrics
-from ssod.hosts.optimizer import build_optimizer
-from ssod.hosts.run import BaseRun, check_parts
+from ssod.hosts.run import BaseRun
 from ssod.hosts.step import TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def find_checkpoint(output_dir: str) -> str:
     return Checkpointer(nn.Module(), output_dir).get_checkpoint_file()
 
 
-def _check_same_world(cfg: CfgNode, saved: str, checkpoint: str) -> None:
+def _check_same_world(cfg: CfgNode, saved: str, checkpoint: str | Path) -> None:
     """Refuse to continue a schedule that was scaled to another number of processes."""
     before = yaml.safe_load(saved)["SOLVER"]["REFERENCE_WORLD_SIZE"]
     now = cfg.SOLVER.REFERENCE_WORLD_SIZE
@@ -115,7 +115,7 @@ def _synchronize_norms(model: TeacherStudentRCNN) -> TeacherStudentRCNN:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def _build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """Build `SSOD.OPTIMIZER` over what is trainable, in Detectron2's parameter groups."""
     solver = cfg.SOLVER
     groups = get_default_optimizer_params(
@@ -125,7 +125,7 @@ def _build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
-    return build_optimizer(cfg, groups, nesterov=solver.NESTEROV)
+    return optimizer.build_optimizer(cfg, groups, nesterov=solver.NESTEROV)
 
 
 @contextmanager
@@ -159,28 +159,33 @@ class Run(BaseRun):
 
     Attributes:
         trainer: for Detectron2's hooks; only of a run that trains.
-        step: what the trainer does in an iteration.
     """
 
     def __init__(self, cfg: CfgNode, checkpoint: str | Path = "", for_training: bool = True):
         check_config(cfg)
-        if for_training:
-            check_parts(cfg, get_world_size())
-        super().__init__(cfg, checkpoint and local_path(str(checkpoint)), for_training)
         self._results: dict[str, Any] = {}
-        if for_training:
-            self.trainer = self._build_trainer()
-            self.step = self.trainer.step
-            if self._state:
-                _check_same_world(cfg, self._state["config"], str(checkpoint))
-                self.step.load_state_dict(self._state["trainer"], checkpoint)
-                self._state = {}
+        super().__init__(cfg, checkpoint and local_path(str(checkpoint)), for_training)
 
     def _load_data(self) -> RunData:
         return load_run_data(self.cfg)
 
     def _build_model(self) -> TeacherStudentRCNN:
         return _synchronize_norms(build_checked(build_model, self.cfg))
+
+    def _build_step(self) -> TrainingStep:
+        cfg, is_cuda = self.cfg, self.device.type == "cuda"
+        model = create_ddp_model(
+            self.model,
+            broadcast_buffers=False,
+            device_ids=[comm.get_local_rank()] if is_cuda else None,
+        )
+        step = TrainingStep(cfg, model, build_optimizer(cfg, self.model), self.data)
+        # Not Detectron2's mappers and loader: theirs draw from generators whose state no checkpoint
+        # has, so a resumed run would see other images and other augmentations.
+        place = {"rank": get_rank(), "world_size": get_world_size(), "pin_memory": is_cuda}
+        loader = build_train_loader(cfg, self.data, self.model.iteration, **place)
+        self.trainer = TeacherStudentTrainer(model, loader, step)
+        return step
 
     def _load_weights(self, path: str) -> None:
         load_weights(self.model.student, path)
@@ -189,6 +194,8 @@ class Run(BaseRun):
         state = read_checkpoint(path)
         if not {"model", "trainer", "config"} <= state.keys():
             raise InputError(f"{path}: not a checkpoint of a run; it cannot be continued")
+        if self.data is not None:
+            _check_same_world(self.cfg, state["config"], path)
         return state
 
     def _measure(self) -> dict[str, Any]:
@@ -242,24 +249,6 @@ class Run(BaseRun):
         """
         self._results = super().evaluate()
         return self._results
-
-    def _build_trainer(self) -> TeacherStudentTrainer:
-        cfg, is_cuda = self.cfg, self.device.type == "cuda"
-        model = create_ddp_model(
-            self.model,
-            broadcast_buffers=False,
-            device_ids=[comm.get_local_rank()] if is_cuda else None,
-        )
-        step = TrainingStep(cfg, model, _build_optimizer(cfg, self.model), self.data)
-        loader = build_train_loader(
-            cfg,
-            self.data,
-            self.model.iteration,
-            rank=get_rank(),
-            world_size=get_world_size(),
-            pin_memory=is_cuda,
-        )
-        return TeacherStudentTrainer(model, loader, step)
 
     def _build_hooks(self) -> list[hooks.HookBase]:
         """Detectron2's hooks, in its order: save, then evaluate, then write."""

@@ -21,7 +21,6 @@ __all__ = [
     "get_config",
     "last_checkpoint",
     "load_run_data",
-    "predictions_file",
     "read_log",
     "read_sets",
     "train",
@@ -46,11 +45,6 @@ def branch(source: Path, target: Path) -> None:
 def read_log(cfg: CfgNode) -> list[dict[str, float]]:
     """Return the lines of a run's log."""
     return read_metrics(cfg.OUTPUT_DIR)
-
-
-def predictions_file(run: Path, model: str) -> Path:
-    """Return the COCO results of the student or the teacher of a run."""
-    return run / "inference" / f"coco_instances_results_{model}.json"
 
 
 def last_checkpoint(run: Path) -> Path:

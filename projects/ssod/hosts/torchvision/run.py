@@ -23,7 +23,7 @@ from ssod.files import replacing
 from ssod.hosts.checkpoint import read_checkpoint
 from ssod.hosts.inference import detect
 from ssod.hosts.protocol import CONFIG_NAME
-from ssod.hosts.run import BaseRun, check_parts, choose_checkpoint, detectors_of
+from ssod.hosts.run import BaseRun, choose_checkpoint, detectors_of
 from ssod.hosts.step import TrainingStep
 from ssod.hosts.torchvision.build import build_model, build_optimizer
 from ssod.hosts.torchvision.metric_writer import MetricLog, read_evaluation
@@ -60,29 +60,16 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> dict[str, float]:
 
 
 class Run(BaseRun):
-    """
-    Data, model, optimizer, logs and checkpoint; see `BaseRun`.
-
-    Attributes:
-        step: the training step; only of a run that trains.
-    """
-
-    def __init__(self, cfg: CfgNode, checkpoint: str | Path = "", for_training: bool = True):
-        if for_training:
-            check_parts(cfg, 1)
-        super().__init__(cfg, checkpoint, for_training)
-        if for_training:
-            optimizer = build_optimizer(cfg, self.model)
-            self.step = TrainingStep(cfg, self.model, optimizer, self.data)
-            if self._state:
-                self.step.load_state_dict(self._state, checkpoint)
-                self._state = {}
+    """Data, model, optimizer, logs and checkpoint; see `BaseRun`."""
 
     def _load_data(self) -> RunData:
         return load_run_data(self.cfg)
 
     def _build_model(self) -> TeacherStudent:
         return build_model(self.cfg).to(self.device).train()
+
+    def _build_step(self) -> TrainingStep:
+        return TrainingStep(self.cfg, self.model, build_optimizer(self.cfg, self.model), self.data)
 
     def _load_weights(self, path: str) -> None:
         load_weights(self.model.student, path)

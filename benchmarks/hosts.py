@@ -121,12 +121,12 @@ def _build_plain_detectron2(cfg: Any, model: TeacherStudent) -> PreparePlain:
     from detectron2.structures import Boxes, Instances
     from detectron2.utils.events import EventStorage
 
-    from ssod.hosts.detectron2.run import _build_optimizer
+    from ssod.hosts.detectron2.run import build_optimizer
 
     cfg = cfg.clone()
     cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.PROPOSAL_GENERATOR.NAME = "GeneralizedRCNN", "RPN"
     plain = build_model(cfg)
-    optimizer = _build_optimizer(cfg, plain)
+    optimizer = build_optimizer(cfg, plain)
     if cfg.SOLVER.AMP.ENABLED:
         dtype = getattr(torch, cfg.SSOD.AMP_DTYPE)
         trainer = AMPTrainer(plain, [], optimizer, precision=dtype)

@@ -131,7 +131,11 @@ def test_the_commands_around_the_examples_are_right(name, plugin, monkeypatch, t
     monkeypatch.chdir(tmp_path)
     shown = TEXT[TEXT.index(f"`{name}`") :]
     if name == "my_filter.py":
-        words = re.search(r"ssod train .*?\n\n", shown, re.DOTALL)[0].replace("\\\n", "").split()
+        words = (
+            re.search(r"python train_net.py .*?\n\n", shown, re.DOTALL)[0]
+            .replace("\\\n", "")
+            .split()
+        )
         cfg = _merge(*words[4:])
         assert (cfg.SSOD.FILTER.NAME, cfg.SSOD.FILTER.COUNT) == ("BestFew", 5)
     else:

@@ -9,9 +9,9 @@ from ssod.core.distributed import (
     all_reduce_sum,
     get_rank,
     get_world_size,
-    mean_over_ranks,
     seed_step,
 )
+from ssod.hosts.metric_window import MetricWindow
 
 WORLD_SIZE = 2
 SEED = 3
@@ -37,7 +37,12 @@ def _work(rank, folder):
         "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD_SIZE
     )
     values = torch.tensor([1.0, 10.0]) * (rank + 1)
-    scalars = {"a": torch.tensor(float(rank)), "b": torch.tensor(3 - 2 * rank)}
+    scalars = {"a": torch.tensor(float(rank)), "b": torch.tensor(3.0 - 2 * rank)}
+    window = MetricWindow()
+    # The names come in another order on the other rank.
+    window.add(dict(sorted(scalars.items(), reverse=rank == 1)))
+    for flag in (True, False):
+        window.add_flag(torch.tensor(flag))
     blocks = {
         (dtype, transposed): all_gather(_block(rank, dtype, transposed))
         for dtype in DTYPES
@@ -50,8 +55,7 @@ def _work(rank, folder):
         "world_size": get_world_size(),
         "sum": all_reduce_sum(values),
         "input_after_sum": values,
-        # The names come in another order on the other rank.
-        "mean": mean_over_ranks(dict(sorted(scalars.items(), reverse=rank == 1))),
+        "window": window.read([rank, 10], {"seconds": 0.25 * (1 + rank)}),
         "draws": torch.stack([_draw(SEED, iteration) for iteration in range(ITERATIONS)]),
     }
     torch.save(results, f"{folder}/{rank}.pt")
@@ -97,8 +101,9 @@ def test_gathering_in_a_single_process_is_a_view():
     assert gathered.shape == (1, 2, 3) and (block == 2).all()
 
 
-def test_every_rank_gets_the_mean_of_all(ranks):
-    assert [result["mean"] for result in ranks] == [{"a": 0.5, "b": 2.0}] * 2
+def test_a_window_has_the_means_of_all_ranks_the_sums_and_the_slowest(ranks):
+    expected = ({"a": 0.5, "b": 2.0, "seconds": 0.5}, [True, False], [1, 20])
+    assert [result["window"] for result in ranks] == [expected] * 2
 
 
 def test_draws_differ_between_ranks_and_rank_0_draws_like_a_single_process(ranks):
@@ -118,13 +123,6 @@ def test_sum_in_a_single_process_is_a_copy():
     total += 1
     assert total.tolist() == [2.0, 3.0]
     assert values.tolist() == [1.0, 2.0]
-
-
-def test_mean_in_a_single_process_returns_the_values():
-    weight = torch.tensor(0.5, requires_grad=True)
-    values = mean_over_ranks({"b": weight * 3, "a": torch.tensor(2)})
-    assert values == {"a": 2.0, "b": 1.5}
-    assert mean_over_ranks({}) == {}
 
 
 def test_draws_depend_on_seed_and_iteration_alone():

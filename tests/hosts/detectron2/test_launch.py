@@ -51,14 +51,18 @@ def test_training_then_resuming_then_evaluating(run, shapes, tmp_path):
     status, out, _ = run(*options)
     assert status == 0
     assert [row[:2] for row in _table(out)] == [["teacher", "bbox"], ["student", "bbox"]]
-    assert (tmp_path / "config.yaml").exists() and (tmp_path / "log.txt").exists()
+    assert (tmp_path / "config.yaml").exists()
 
     status, out, err = run(*options)
     assert (status, out) == (2, "")
     assert "is of an earlier run; continue it with --resume" in err.splitlines()[-1]
 
-    status, trained, _ = run("--resume", *_options(shapes, tmp_path))
+    other = ("SSOD.FILTER.NAME", "AdaptiveClassThreshold")
+    status, trained, _ = run("--resume", *_options(shapes, tmp_path, *other))
     assert status == 0
+    log = (tmp_path / "log.txt").read_text()
+    for message in ("labeled images with", "is at iteration 3", "the one set starts anew"):
+        assert message in log
     assert max(line["iteration"] for line in read_metrics(tmp_path)) == MAX_ITER - 1
 
     for args in (
@@ -66,7 +70,7 @@ def test_training_then_resuming_then_evaluating(run, shapes, tmp_path):
         ("MODEL.WEIGHTS", tmp_path / "model_final.pth", "OUTPUT_DIR", tmp_path / "other"),
     ):
         # Neither the training images nor as many processes are needed.
-        keys = ("SSOD.DATA.LABELED_JSON", "gone.json", "SOLVER.REFERENCE_WORLD_SIZE", 2)
+        keys = ("SSOD.DATA.LABELED_JSON", "gone.json", "SOLVER.REFERENCE_WORLD_SIZE", 2, *other)
         status, out, _ = run("--eval-only", *_options(shapes, tmp_path, *keys), *args)
         assert status == 0
         assert _table(out) == _table(trained)
@@ -126,4 +130,5 @@ def test_torchrun_starts_what_the_config_scales_to(shapes, tmp_path):
     assert any("pseudo/recall" in line for line in lines)
     state = torch.load(tmp_path / "model_final.pth", weights_only=True)["model"]["_extra_state"]
     assert state.tolist() == [MAX_ITER, 1]
-    assert (tmp_path / "log.txt.rank1").exists()
+    for name in ("log.txt", "log.txt.rank1"):  # also what is said before there is a folder
+        assert "6 labeled images with" in (tmp_path / name).read_text(), name

@@ -130,6 +130,20 @@ def test_best_value_of_an_earlier_start_counts(shapes, tmp_path):
     assert (tmp_path / "model_best.pth").read_bytes() == best
 
 
+def test_best_value_that_a_kill_kept_from_the_log_counts(shapes, tmp_path):
+    """The file is written at once, the log up to a period later."""
+    host = ("SSOD.UNSUP_LOSS_WEIGHT", 0, "TEST.EVAL_PERIOD", 1, "SOLVER.MAX_ITER")
+    Run(tiny_config(shapes, tmp_path, *host, 1)).train()
+    path = tmp_path / "model_best.pth"
+    state = read_checkpoint(path)
+    assert state["best"] == {"bbox/AP": read_metrics(tmp_path)[-1]["bbox/AP"]}
+    torch.save(state | {"best": {"bbox/AP": 50.0}}, path)
+    best = path.read_bytes()
+    (tmp_path / "metrics.json").write_text("")
+    Run(tiny_config(shapes, tmp_path, *host, 2), find_checkpoint(str(tmp_path))).train()
+    assert path.read_bytes() == best
+
+
 def test_save_that_is_cut_off_leaves_the_older_file(output, shapes, tmp_path, monkeypatch):
     run = Run(tiny_config(shapes, tmp_path, "SOLVER.CHECKPOINT_PERIOD", 1, *SUPERVISED, *NO_VAL))
     save = torch.save

@@ -262,6 +262,18 @@ def test_a_removed_key_is_accepted_with_the_value_that_is_still_done(merge, key)
     assert merge(_nested(key, stays)) == get_config()
 
 
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("SSOD.FILTER.N_SIGMA", "2"),
+        ("SSOD.FILTER.MIN_SCORE", "5e-2"),
+        ("SSOD.LSM.IGNORE_LOW_SCORES", "false"),
+    ],
+)
+def test_a_removed_keys_value_may_be_written_in_another_way(merge, key, text):
+    assert merge(_nested(key, text)) == merge("SEED: 0", key, text) == get_config()
+
+
 @pytest.mark.parametrize("key", REMOVED)
 def test_another_value_of_a_removed_key_says_what_to_do_instead(merge, key):
     stays, instead = REMOVED[key]

@@ -144,6 +144,78 @@ def test_the_commands_around_the_examples_are_right(name, plugin, monkeypatch, t
         assert dict(cfg.SSOD.ENTROPY) == {"ENABLED": True, "WEIGHT": 0.2}
 
 
+FILTER = """
+from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY, FixedThreshold
+
+@PSEUDO_LABEL_FILTER_REGISTRY.register()
+class Own(FixedThreshold):
+    {body}
+"""
+
+
+def test_a_class_without_a_constructor_of_its_own_has_no_keys_of_its_own(plugin):
+    text = METHOD[: METHOD.index("    def __init__")] + METHOD[METHOD.index("    def losses") :]
+    assert dict(_merge("SSOD.PLUGIN", plugin(text)).SSOD.MINE) == {"ENABLED": False}
+    path = plugin(FILTER.format(body="pass"), "filter.py")
+    assert _merge("SSOD.PLUGIN", path).SSOD.FILTER == get_config().SSOD.FILTER
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (METHOD.replace('group = "MINE"', ""), "group of Mine must be a new name .*, got None"),
+        (METHOD.replace("MINE", "HOST"), "group of Mine must be a new name .*, got 'HOST'"),
+        (METHOD.replace("MINE", "a.b"), "group of Mine must be a new name .*, got 'a.b'"),
+        (METHOD.replace("(Method)", ""), "Mine must be a Method"),
+        (
+            METHOD.replace('name="a"', "name={}"),
+            "the argument name of Mine needs a default, a number, text",
+        ),
+        (METHOD + "\nraise SystemExit(3)", "cannot be imported: SystemExit: 3"),
+        (
+            FILTER.format(body="def __init__(self, *, ema_decay=0.5): super().__init__()"),
+            "ema_decay of Own has the default 0.5, but the key EMA_DECAY exists with 0.999",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_one_line(plugin, text, message):
+    with pytest.raises(InputError, match=message) as error:
+        _merge("SSOD.PLUGIN", plugin(text))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("raise ValueError('no')", "Mine cannot be made of its keys: no"),
+        ("self.student = student", "MINE: a method must not keep the student"),
+    ],
+)
+def test_a_method_that_cannot_be_made_is_one_line(plugin, shapes, tmp_path, body, message):
+    path = plugin(METHOD.replace("self.bias =", f"{body}; self.bias ="))
+    with pytest.raises(InputError, match=message):
+        _train(
+            "torchvision", shapes, tmp_path / "run", "SSOD.PLUGIN", path, "SSOD.MINE.ENABLED", True
+        )
+
+
+def test_a_sweep_looks_at_rescored_detections(plugin, shapes, tmp_path):
+    rescore = """
+    def rescore(self, class_probs, embeddings):
+        return class_probs * 0.5
+"""
+    keys = ("SSOD.FILTER.NAME", "AdaptiveClassThreshold", "SSOD.FILTER.SOURCE", "sweep")
+    keys += ("SSOD.PLUGIN", plugin(METHOD + rescore), "SOLVER.MAX_ITER", tiny_run.BURN_IN_ITERS + 1)
+    thresholds = []
+    for enabled in (False, True):
+        output = tmp_path / str(enabled)
+        _, model = _train("torchvision", shapes, output, *keys, "SSOD.MINE.ENABLED", enabled)
+        thresholds.append(model.pseudo_label_filter.reliable_thresh)
+    low = 0.05  # least threshold
+    assert (thresholds[0] > 2 * low).any()
+    torch.testing.assert_close(thresholds[1], (thresholds[0] / 2).clamp(min=low))
+
+
 def test_arguments_become_keys_with_their_defaults(plugin):
     cfg = _merge("SSOD.PLUGIN", plugin())
     assert dict(cfg.SSOD.MINE) == {"ENABLED": False, "WEIGHT": 0.5, "NAME": "a"}
@@ -185,7 +257,7 @@ def test_a_file_that_fails_is_reported_in_one_line_and_can_be_mended(plugin, tex
 
 def test_an_argument_without_a_default_is_reported(plugin):
     path = plugin(METHOD.replace("weight=0.5", "weight"))
-    message = rf"^SSOD.PLUGIN {path}: the argument weight of Mine needs a default, which .*$"
+    message = rf"^SSOD.PLUGIN {path}: the argument weight of Mine needs a default, .*$"
     with pytest.raises(InputError, match=message):
         _merge("SSOD.PLUGIN", path)
 

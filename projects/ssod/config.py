@@ -219,9 +219,12 @@ def _coerce(default: Any, value: Any) -> Any:
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     if key in REMOVED:
         stays, instead = REMOVED[key]
-        if str(value) != str(stays):  # configs that runs have written hold every key
-            raise InputError(f"{source}: {key} was removed, and with it {value!r}: {instead}")
-        return
+        try:  # configs that runs have written hold every key
+            if _coerce(stays, value) == stays:
+                return
+        except (TypeError, ValueError, SyntaxError, yaml.YAMLError):
+            pass
+        raise InputError(f"{source}: {key} was removed, and with it {value!r}: {instead}")
     known = dict(_leaves(cfg))
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1)

@@ -11,8 +11,8 @@ from types import ModuleType
 
 from fvcore.common.config import CfgNode
 
-from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY
-from ssod.core.method import METHOD_REGISTRY
+from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY, PseudoLabelFilter
+from ssod.core.method import METHOD_REGISTRY, Method
 from ssod.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -29,17 +29,29 @@ def load_plugin(path: str, cfg: CfgNode) -> None:
     file is run once in a process, and the config changed in place.
 
     Raises:
-        InputError: if the file is missing or fails, or an argument has no default.
+        InputError: if the file is missing or fails, or what it registers does not fit.
     """
     module = _import_file(Path(path))
-    for _, cls in PSEUDO_LABEL_FILTER_REGISTRY:
-        if cls.__module__ == module.__name__:
-            _add_keys(cfg.SSOD.FILTER, cls, path)
-    for _, cls in METHOD_REGISTRY:
-        if cls.__module__ == module.__name__:
-            group = cfg.SSOD.setdefault(cls.group, type(cfg)())
-            group.ENABLED = False
-            _add_keys(group, cls, path)
+    bases = {PSEUDO_LABEL_FILTER_REGISTRY: PseudoLabelFilter, METHOD_REGISTRY: Method}
+    for registry, base in bases.items():
+        for name, cls in registry:
+            if getattr(cls, "__module__", None) == module.__name__:
+                if not (isinstance(cls, type) and issubclass(cls, base)):
+                    raise InputError(f"SSOD.PLUGIN {path}: {name} must be a {base.__name__}")
+                own = cfg.SSOD.FILTER if base is PseudoLabelFilter else _new_group(cfg, cls, path)
+                _add_keys(own, cls, path)
+
+
+def _new_group(cfg: CfgNode, cls: type, path: str) -> CfgNode:
+    name = getattr(cls, "group", None)
+    if not (isinstance(name, str) and name.isidentifier() and name.isupper()) or name in cfg.SSOD:
+        raise InputError(
+            f"SSOD.PLUGIN {path}: group of {cls.__name__} must be a new name in upper case for its "
+            f"keys, got {name!r}"
+        )
+    group = cfg.SSOD[name] = type(cfg)()
+    group.ENABLED = False
+    return group
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -55,7 +67,7 @@ def _import_file(path: Path) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # of the user's code
+    except (Exception, SystemExit) as error:  # of the user's code
         del sys.modules[name]
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"SSOD.PLUGIN {path}: cannot be imported: {reason}") from error
@@ -64,11 +76,18 @@ def _import_file(path: Path) -> ModuleType:
 
 def _add_keys(group: CfgNode, cls: type, path: str) -> None:
     for name, parameter in inspect.signature(cls).parameters.items():
-        if name in GIVEN or name.upper() in group:
+        is_open = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if is_open or name in (*GIVEN, "undecided_thresh"):
             continue
-        if parameter.default is parameter.empty:
+        key, default = name.upper(), parameter.default
+        if type(default) not in (bool, int, float, str, tuple, list):
             raise InputError(
-                f"SSOD.PLUGIN {path}: the argument {name} of {cls.__name__} needs a default, which "
-                f"its key has; only {', '.join(GIVEN)} need none"
+                f"SSOD.PLUGIN {path}: the argument {name} of {cls.__name__} needs a default, a "
+                "number, text or tuple of them, which its key has; only "
+                f"{', '.join(GIVEN)} need none"
             )
-        group[name.upper()] = parameter.default
+        if group.setdefault(key, default) != default:
+            raise InputError(
+                f"SSOD.PLUGIN {path}: the argument {name} of {cls.__name__} has the default "
+                f"{default!r}, but the key {key} exists with {group[key]!r}; rename it"
+            )

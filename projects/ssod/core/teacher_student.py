@@ -88,6 +88,10 @@ class TeacherStudent(nn.Module):
             raise InputError(
                 f'SSOD.LABELED_VIEWS must be "both", "strong" or "weak", got "{labeled_views}"'
             )
+        own = {id(parameter) for parameter in student.parameters()}
+        for name, method in (methods or {}).items():
+            if any(id(parameter) in own for parameter in method.parameters()):
+                raise InputError(f"{name}: a method must not keep the student; it is in each step")
         self.student = student
         self.teacher = copy.deepcopy(student).requires_grad_(False)
         self.pseudo_label_filter = pseudo_label_filter
@@ -185,14 +189,15 @@ class TeacherStudent(nn.Module):
     def detect(self, images: list[Tensor]) -> list[Detections]:
         """Return what the teacher finds in uint8 RGB (3, h, w) images, rescored by the methods."""
         batch = self.teacher.preprocess(images)
-        return self.teacher.predict(self.teacher.features(batch), batch, self._rescore)
+        return self.teacher.predict(self.teacher.features(batch), batch, self.rescore)
 
     @torch.no_grad()
     def pseudo_labels(self, images: list[Tensor]) -> list[PseudoLabels]:
         """Label uint8 RGB (3, h, w) images with the teacher and the filter, one item an image."""
         return self.pseudo_label_filter(self.detect(images))
 
-    def _rescore(self, class_probs: Tensor, embeddings: Tensor) -> Tensor:
+    def rescore(self, class_probs: Tensor, embeddings: Tensor) -> Tensor:
+        """Let the methods change (R, K + 1) class probabilities of regions, R = 0 allowed."""
         for method in self.methods.values():
             class_probs = method.rescore(class_probs, embeddings)
         return class_probs

@@ -70,8 +70,6 @@ def draw_boxes(
     is_dashed = [False] * len(scaled) if dashed is None else list(dashed)
     colors = [class_color(label) for label in classes]
     layers = list(zip(scaled, colors, is_dashed, texts, strict=True))[::-1]
-    for box, color, is_open, _ in layers:
-        _draw_outline(draw, (box, color, is_open), line)
     if true_boxes is not None:
         thin = max(1, line // 2)
         for box in np.reshape(true_boxes, (-1, 4)) * factors:
@@ -79,6 +77,8 @@ def draw_boxes(
             edge = (box + (-1, -1, 1, 1)).tolist()
             _draw_outline(draw, (edge, "black", False), thin + 2)
             _draw_outline(draw, (box.tolist(), TRUTH_COLOR, False), thin)
+    for box, color, is_open, _ in layers:  # over the truth, which a good one lies on
+        _draw_outline(draw, (box, color, is_open), line)
     font = _font(max(12, round(max(size) / 60)))
     for box, color, _, text in layers:
         _draw_label(draw, box, text, color, font)

@@ -81,4 +81,9 @@ def _make(cls: type, keys: CfgNode, given: dict[str, Any]) -> Any:
     """Call a class with those of its keyword arguments that are given, or else keys."""
     available = {key.lower(): value for key, value in keys.items()} | given
     parameters = inspect.signature(cls).parameters
-    return cls(**{name: available[name] for name in parameters if name in available})
+    try:
+        return cls(**{name: available[name] for name in parameters if name in available})
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:  # of a plugin's class
+        raise InputError(f"{cls.__name__} cannot be made of its keys: {error}") from error

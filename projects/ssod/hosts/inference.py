@@ -9,7 +9,7 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
-from ssod.core.interfaces import RegionDetector
+from ssod.core.interfaces import RegionDetector, Rescore
 from ssod.core.structures import Detections, PseudoLabels
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.datasets import DetectionDataset, ImageRecord
@@ -59,11 +59,12 @@ def find(
     cfg: CfgNode,
     device: torch.device,
     skip_broken: bool = False,
+    rescore: Rescore | None = None,
 ) -> Iterator[tuple[ImageRecord, Detections]]:
     """
     Run a detector on `device`, in eval mode, over a data set; its own mode is restored at the end.
 
-    With `skip_broken` images that cannot be decoded are left out.
+    With `skip_broken` images that cannot be decoded are left out; `rescore` as in `predict`.
 
     Returns:
         An iterator over each image's record and detections in its original pixels, on the CPU;
@@ -73,7 +74,7 @@ def find(
     @torch.no_grad()
     def label(images: list[Tensor]) -> list[Detections]:
         batch = detector.preprocess([image.to(device) for image in images])
-        found = detector.predict(detector.features(batch), batch)
+        found = detector.predict(detector.features(batch), batch, rescore)
         # Of thousands of images they would fill the memory.
         return [
             replace(d, class_probs=d.class_probs[:, :0], embeddings=d.embeddings[:, :0])

@@ -36,7 +36,8 @@ class MetricWindow:
     def state_dict(self) -> dict[str, Any]:
         """Return what was added on this rank, so that a resumed run writes what it would have."""
         values = {name: torch.stack(found).cpu() for name, found in self._values.items()}
-        return {"values": values, "flags": [bool(flag) for flag in self._flags]}
+        flags = torch.stack(self._flags).tolist() if self._flags else []
+        return {"values": values, "flags": flags}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         """Restore what `state_dict` returned; on other ranks, too, as if it had been theirs."""

@@ -56,9 +56,14 @@ def build_clipper(cfg: CfgNode) -> Clipper | None:
     the parameters and the norm of all their gradients, 0-dim.
 
     Raises:
-        InputError: for another type.
+        InputError: for another type, or a `NORM_TYPE` that it does not have.
     """
     clip = cfg.SOLVER.CLIP_GRADIENTS
+    if clip.CLIP_TYPE == "full_model" and clip.NORM_TYPE != 2:
+        raise InputError(
+            "SOLVER.CLIP_GRADIENTS.NORM_TYPE must be 2.0 with CLIP_TYPE full_model, got "
+            f"{clip.NORM_TYPE}"
+        )
     if not clip.ENABLED:
         return None
     if clip.CLIP_TYPE == "full_model":

@@ -34,9 +34,9 @@ class TrainingStep:
     """
     Trains on one batch: mixed precision, accumulation, clipping, non-finite guard, EMA, metrics.
 
-    Nothing here waits for the device but `read_metrics`, which reduces those of all iterations
-    since the last call over ranks and copies them to the host together. A step whose gradients are
-    not finite is skipped on the device; the iteration counts, the EMA included.
+    Nothing here waits for the device but `state_dict` and `read_metrics`, which reduces those of
+    all iterations since the last call over ranks and copies them to the host together. A step
+    whose gradients are not finite is skipped on the device; the iteration counts, the EMA included.
 
     Args:
         cfg: `SEED`, `SOLVER.AMP`, `SOLVER.CLIP_GRADIENTS`, and the keys of `SSOD` named below.

@@ -50,7 +50,9 @@ def sweep_if_due(model: TeacherStudent, data: RunData, cfg: CfgNode, device: tor
     places = -(-len(sample) // get_world_size()) * cfg.TEST.DETECTIONS_PER_IMAGE
     block = torch.zeros(places + 1, 2, device=device)
     block[:, 1] = data.labeled.num_classes
-    images = find(model.teacher, unlabeled.select(mine), cfg, device, skip_broken=True)
+    # Rescored by the methods, as the detections are that the thresholds are for.
+    keys = {"skip_broken": True, "rescore": model.rescore}
+    images = find(model.teacher, unlabeled.select(mine), cfg, device, **keys)
     progress = progress_bar(
         images,
         total=len(mine),

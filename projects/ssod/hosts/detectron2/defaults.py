@@ -109,12 +109,6 @@ def _check_solver(cfg: CfgNode) -> None:
             "SOLVER.NESTEROV True needs SSOD.OPTIMIZER SGD and a SOLVER.MOMENTUM above 0, got "
             f"{cfg.SSOD.OPTIMIZER} and {solver.MOMENTUM}"
         )
-    clip = solver.CLIP_GRADIENTS
-    if clip.CLIP_TYPE == "full_model" and clip.NORM_TYPE != 2:
-        raise InputError(
-            "SOLVER.CLIP_GRADIENTS.NORM_TYPE must be 2.0 with CLIP_TYPE full_model, got "
-            f"{clip.NORM_TYPE}"
-        )
 
 
 def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:

@@ -196,6 +196,11 @@ class Run(BaseRun):
             raise InputError(f"{path}: not a checkpoint of a run; it cannot be continued")
         if self.data is not None:
             _check_same_world(self.cfg, state["config"], path)
+            if any(name.startswith("low_resolution.") for name in state["model"]):
+                raise InputError(
+                    f"{path}: of a version that left LSM's classifier out of the optimizer; such "
+                    "a run cannot be continued, repeat it (CHANGELOG.md, Silent regressions)"
+                )
         return state
 
     def _measure(self) -> dict[str, Any]:

@@ -45,13 +45,6 @@ def test_what_would_be_left_out_in_silence_is_refused(key, value):
     [
         (("SOLVER.NESTEROV", "True", "SSOD.OPTIMIZER", "AdamW"), "NESTEROV .* got AdamW and 0.9"),
         (("SOLVER.NESTEROV", "True", "SOLVER.MOMENTUM", "0"), "NESTEROV .* got SGD and 0.0"),
-        (
-            [
-                *("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
-                *("SOLVER.CLIP_GRADIENTS.NORM_TYPE", "1"),
-            ],
-            "NORM_TYPE must be 2.0 with CLIP_TYPE full_model, got 1.0",
-        ),
         (("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, False, False, True]"), "needs a GPU"),
     ],
 )

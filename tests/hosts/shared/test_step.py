@@ -193,6 +193,9 @@ def test_unknown_clipping_optimizer_and_precision_are_refused(host, tmp_path):
     clip = "SOLVER.CLIP_GRADIENTS"
     with pytest.raises(InputError, match="CLIP_TYPE must be .*\"full_model\", got 'all'"):
         host.open(tmp_path, f"{clip}.ENABLED", True, f"{clip}.CLIP_TYPE", "all")
+    full = (f"{clip}.ENABLED", True, f"{clip}.CLIP_TYPE", "full_model", f"{clip}.NORM_TYPE", 1.0)
+    with pytest.raises(InputError, match="NORM_TYPE must be 2.0 with CLIP_TYPE full_model, got 1"):
+        host.open(tmp_path, *full)
     with pytest.raises(InputError, match='must be "SGD" or "AdamW", got \'Lion\''):
         host.open(tmp_path, "SSOD.OPTIMIZER", "Lion")
     with pytest.raises(InputError, match="SSOD.AMP_DTYPE must be .*, got 'int8'"):

@@ -38,6 +38,7 @@ from ssod.data.datasets import DetectionDataset, read_coco
 from ssod.data.loader import BatchLoader
 from ssod.errors import InputError
 from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
+from ssod.hosts.run import detectors_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +67,7 @@ def evaluate(model: TeacherStudentRCNN, cfg: CfgNode, output_dir: str | Path) ->
     Raises:
         InputError: as `build_test_loader` and `build_evaluator`.
     """
-    detectors = {"student": model.student}
-    if model.teacher_started:
-        detectors["teacher"] = model.teacher
+    detectors = detectors_of(model)
     names = test_dataset_names(cfg)
     results: dict[str, dict[str, Any]] = {kind: {} for kind in detectors}
     for name in names:

@@ -76,12 +76,9 @@ class Method(nn.Module):
 
     State that changes in training lives in buffers and parameters. Parameters are trained with the
     student's, and have gradients of 0 in iterations that do not use them.
-
-    Attributes:
-        group: of its keys, below `SSOD`.
     """
 
-    group: ClassVar[str]
+    group: ClassVar[str]  # of its keys, below `SSOD`
 
     def start(self, student: RegionDetector, teacher: RegionDetector) -> None:
         """Begin: the teacher has just become a copy of the student; nothing is learned yet."""

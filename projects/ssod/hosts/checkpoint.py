@@ -114,12 +114,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], sour
     """
     Load the state of a run's optimizer, but for learning rate, momentum and weight decay.
 
-    Those are of the config, which may have been changed for what is left of the training.
-
-    Args:
-        optimizer: the run's.
-        state: `optimizer` and `optimizer_name` of a checkpoint.
-        source: what errors call the checkpoint.
+    Those are of the config, which may have been changed for what is left of the training. `state`
+    has `optimizer` and `optimizer_name` of a checkpoint, which errors call `source`.
 
     Raises:
         InputError: for the state of another optimizer, or for other parameters.
@@ -169,17 +165,7 @@ def load_detector(detector: nn.Module, state: dict[str, Any], path: str | Path) 
         logger.info("%s: box predictor is for other classes and starts anew", path)
         state = {name: v for name, v in state.items() if not name.startswith(predictor)}
         state |= {name: v for name, v in own.items() if name.startswith(predictor)}
-    load_matching(detector, _with_counters(detector, state), path)
-
-
-def load_backbone(backbone: nn.Module, state: dict[str, Any], path: str | Path) -> None:
-    """
-    Load the weights of a backbone alone.
-
-    Raises:
-        InputError: as `load_matching`.
-    """
-    load_matching(backbone, _with_counters(backbone, state), path)
+    load_matching(detector, with_counters(detector, state), path)
 
 
 def is_run_checkpoint(path: str | Path) -> bool:
@@ -213,7 +199,7 @@ def load_run(model: TeacherStudent, path: str | Path) -> dict[str, Any]:
     return state
 
 
-def _with_counters(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+def with_counters(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Add or drop the batch counters of BN, which frozen norms do not have and nothing needs."""
     suffix = "num_batches_tracked"
     own = {name: v for name, v in module.state_dict().items() if name.endswith(suffix)}

@@ -49,11 +49,7 @@ class MetricWindow:
         self, counts: Sequence[int], seconds: dict[str, float]
     ) -> tuple[dict[str, float], list[bool], list[int]]:
         """
-        Reduce and forget everything; waits for the device.
-
-        Args:
-            counts: of this rank.
-            seconds: of this rank, by name.
+        Reduce and forget everything, with counts and seconds of this rank; waits for the device.
 
         Returns:
             the means over iterations and ranks, of finite values (nan if there are none), with the

@@ -37,8 +37,6 @@ class BaseRun(ABC):
         for_training: False for evaluation alone, which needs no training images.
 
     Attributes:
-        output: `OUTPUT_DIR`.
-        device: of the model.
         data: sets it is trained on, None if it is only evaluated.
         model: student and teacher.
         step: what is done in an iteration; only of a run that trains.

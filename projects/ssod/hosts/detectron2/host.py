@@ -20,16 +20,7 @@ from ssod.hosts.metric_log import LOG_NAME, read_metrics
 from ssod.hosts.protocol import CONFIG_NAME, FinishedRun, check_same_config, copy_file
 from ssod.progress import progress_bar
 
-__all__ = [
-    "branch",
-    "build",
-    "get_config",
-    "last_checkpoint",
-    "load_run_data",
-    "read_log",
-    "read_sets",
-    "train",
-]
+__all__ = ["get_config", "load_run_data", "read_sets"]  # with the functions below
 
 _NAMES = {"APs": "AP_S", "APm": "AP_M", "APl": "AP_L", "time": "time/step"}
 

@@ -208,10 +208,7 @@ class Run(BaseRun):
 
     def train(self, extra_hooks: Sequence[hooks.HookBase] = ()) -> dict[str, Any]:
         """
-        Train up to `SOLVER.MAX_ITER`, evaluating and saving on the way and at the end.
-
-        Args:
-            extra_hooks: run after those of the config.
+        Train up to `SOLVER.MAX_ITER`, evaluating and saving on the way; extra hooks come last.
 
         Returns:
             The last evaluation's results on the main rank, as `evaluate`.

@@ -23,7 +23,13 @@ from detectron2.utils.file_io import PathManager
 from torch import Tensor, nn
 
 from ssod.errors import InputError
-from ssod.hosts.checkpoint import detector_state, load_backbone, load_detector, read_checkpoint
+from ssod.hosts.checkpoint import (
+    detector_state,
+    load_detector,
+    load_matching,
+    read_checkpoint,
+    with_counters,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +195,7 @@ def _load_backbone(backbone: nn.Module, state: State, path: str) -> None:
     if folded_norms and not any(name.endswith("running_var") for name in state):
         state |= _identity_statistics(backbone, path)
     try:
-        load_backbone(backbone, state, path)
+        load_matching(backbone, with_counters(backbone, state), path)
     except InputError as error:
         raise InputError(f"{error} For a backbone these are the keys MODEL.RESNETS.*.") from error
 

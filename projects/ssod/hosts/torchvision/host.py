@@ -15,16 +15,7 @@ from ssod.hosts.torchvision.build import build_model
 from ssod.hosts.torchvision.defaults import get_config
 from ssod.hosts.torchvision.run import CHECKPOINT_NAME, Run, find_checkpoint
 
-__all__ = [
-    "branch",
-    "build",
-    "get_config",
-    "last_checkpoint",
-    "load_run_data",
-    "read_log",
-    "read_sets",
-    "train",
-]
+__all__ = ["get_config", "load_run_data", "read_sets"]  # with the functions below
 
 
 def train(cfg: CfgNode, title: str) -> FinishedRun:

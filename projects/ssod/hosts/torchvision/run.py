@@ -97,10 +97,7 @@ class Run(BaseRun):
 
     def train(self, title: str = "training") -> dict[str, float]:
         """
-        Train up to `SOLVER.MAX_ITER`, evaluating and saving on the way and at the end.
-
-        Args:
-            title: of the progress bar.
+        Train up to `SOLVER.MAX_ITER` under a bar with a title, evaluating and saving on the way.
 
         Returns:
             The last evaluation's metrics, empty without a validation set.

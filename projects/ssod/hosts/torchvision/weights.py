@@ -8,7 +8,13 @@ import torch
 from torch import nn
 
 from ssod.errors import InputError
-from ssod.hosts.checkpoint import detector_state, load_backbone, load_detector, read_checkpoint
+from ssod.hosts.checkpoint import (
+    detector_state,
+    load_detector,
+    load_matching,
+    read_checkpoint,
+    with_counters,
+)
 
 
 def load_weights(detector: nn.Module, path: str | Path) -> None:
@@ -31,6 +37,6 @@ def load_weights(detector: nn.Module, path: str | Path) -> None:
     state = detector_state(state)
     if "conv1.weight" in state:
         body = {name: v for name, v in state.items() if not name.startswith("fc.")}
-        load_backbone(detector.backbone.body, body, path)
+        load_matching(detector.backbone.body, with_counters(detector.backbone.body, body), path)
     else:
         load_detector(detector, state, path)

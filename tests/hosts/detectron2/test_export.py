@@ -28,8 +28,7 @@ def _save_run(cfg, name="model_final", started=True, shift=0.1):
     with torch.no_grad():
         for parameter in model.teacher.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=shift)
-    optimizer = torch.optim.SGD(model.student.parameters())
-    Checkpointer(model, cfg.OUTPUT_DIR, optimizer=optimizer).save(name, iteration=7)
+    Checkpointer(model, cfg.OUTPUT_DIR).save(name, iteration=7)
     return model
 
 

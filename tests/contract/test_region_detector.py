@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torchvision.ops import box_area
+from torchvision.ops import box_area, box_iou
 
 from ssod.core.filters import FixedThreshold
 from ssod.core.method import Step
@@ -163,6 +163,42 @@ def test_sampled_regions_carry_their_own_images_targets(detector):
         assert (samples.weights[rows][~foreground] == 1).all()
         start += len(boxes)
     assert start == len(samples.classes)
+
+
+def _around(box, count, seed):
+    """Regions that overlap a box by more than half."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.tensor(box) + 2 * torch.rand(count, 4, generator=generator)
+
+
+@pytest.mark.parametrize("num_sure", [0, 3, 500])
+def test_regions_of_weight_zero_take_the_places_that_are_left(detector, num_sure):
+    """Regions that overlap both boxes, these more, are the first box's all the same."""
+    boxes = [[4.0, 4.0, 44.0, 44.0], [4.0, 18.0, 44.0, 58.0]]
+    generator = torch.Generator().manual_seed(0)
+    corners = 60 + 20 * torch.rand(200, 2, generator=generator)
+    nothing = torch.cat([corners, corners + 9], 1)
+    sure, last = _around(boxes[0], num_sure, 1), _around(boxes[1], 500, 2)
+    both = torch.tensor([[4.0, 12.0, 44.0, 52.0]])
+    proposals = [torch.cat([sure, last, both, nothing])]
+    (targets,) = _targets(boxes)
+    quota = (detector.sample(proposals, [targets]).classes < NUM_CLASSES).sum().item()
+    assert quota < 500
+    targets.weights = torch.tensor([1.0, 0.0])
+    samples = detector.sample(proposals, [targets])
+    (drawn,) = samples.boxes
+    overlaps = box_iou(targets.boxes, drawn)
+    is_sure = overlaps[0] >= 0.5
+    pool = torch.cat([*proposals, targets.boxes])
+    matches_sure = box_iou(targets.boxes[:1], pool)[0] >= 0.5
+    assert is_sure.sum() == min(quota, int(matches_sure.sum()))
+    is_last = ~is_sure & (overlaps[1] >= 0.5)
+    assert is_sure.sum() + is_last.sum() == quota
+    expected = torch.full_like(samples.classes, NUM_CLASSES)
+    expected[is_last], expected[is_sure] = 1, 0
+    assert torch.equal(samples.classes, expected)
+    assert torch.equal(samples.weights, (~is_last).float())
+    assert matches_sure.sum() == num_sure + 2
 
 
 @pytest.mark.parametrize("rescore", [None, lambda class_probs, embeddings: class_probs])

@@ -21,6 +21,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from ssod.core.interfaces import Features, RegionDetector
+from ssod.core.sampling import weighted_first
 from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples, Targets
 from ssod.errors import InputError
 
@@ -75,6 +76,15 @@ def _match(matcher: Matcher, ignored: Tensor, overlaps: Tensor) -> tuple[Tensor,
         is_ignored = ignored.to(matched.device)[matched]
         labels = labels.masked_fill((labels == 1) & is_ignored, -1)
     return matched, labels
+
+
+def _match_weighted_first(
+    matcher: Matcher, overlaps: Tensor, weights: Tensor, max_objects: int
+) -> tuple[Tensor, Tensor]:
+    """Match (M, P) overlaps of targets, of weights (M,), and regions; surplus objects become -1."""
+    overlaps, surplus = weighted_first(overlaps, weights, matcher.thresholds[-2], max_objects)
+    matched, labels = matcher(overlaps)
+    return matched, labels.masked_fill(surplus, -1)
 
 
 class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
@@ -183,7 +193,20 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
             )
             for t in targets
         ]
-        sampled = self.roi_heads.label_and_sample_proposals(pool, truth)
+        heads = self.roi_heads
+        matcher = heads.proposal_matcher
+        try:
+            # Called once an image, in order: a matcher is not told whose overlaps it is given.
+            weights = iter([target.weights for target in targets])
+            heads.proposal_matcher = lambda overlaps: _match_weighted_first(
+                matcher,
+                overlaps,
+                next(weights),
+                int(heads.batch_size_per_image * heads.positive_fraction),
+            )
+            sampled = heads.label_and_sample_proposals(pool, truth)
+        finally:
+            heads.proposal_matcher = matcher
         return RegionSamples.from_matches(
             [s.proposal_boxes.tensor for s in sampled],
             [s.gt_classes for s in sampled],

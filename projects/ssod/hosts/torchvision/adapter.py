@@ -16,10 +16,17 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import MultiScaleRoIAlign, batched_nms, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import (
+    MultiScaleRoIAlign,
+    batched_nms,
+    box_iou,
+    clip_boxes_to_image,
+    remove_small_boxes,
+)
 from torchvision.ops.poolers import initLevelMapper
 
 from ssod.core.interfaces import Features, RegionDetector
+from ssod.core.sampling import weighted_first
 from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples, Targets
 
 POOLED_LEVELS = (2, 3, 4, 5)  # log2 of the strides that regions are pooled from
@@ -107,10 +114,36 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
     @torch.no_grad()
     def sample(self, proposals: list[Tensor], targets: list[Targets]) -> RegionSamples:
         """Draw R regions of (P_i, 4) proposals and (M_i,) targets' boxes as `RoIHeads` does."""
-        host_targets = [{"boxes": t.boxes, "labels": t.classes + 1} for t in targets]
-        boxes, matched, labels, _ = self.roi_heads.select_training_samples(proposals, host_targets)
+        heads = self.roi_heads
+        proposals = heads.add_gt_proposals(proposals, [target.boxes for target in targets])
+        pairs = zip(proposals, targets, strict=True)
+        found = [(boxes, *self._match(boxes, target)) for boxes, target in pairs]
+        drawn = heads.subsample([labels for _, _, labels in found])
+        boxes, matched, labels = zip(
+            *([v[d] for v in values] for values, d in zip(found, drawn, strict=True)), strict=True
+        )
         classes = [torch.where(label == 0, self.num_classes, label - 1) for label in labels]
-        return RegionSamples.from_matches(boxes, classes, matched, targets, self.num_classes)
+        return RegionSamples.from_matches(
+            list(boxes), classes, list(matched), targets, self.num_classes
+        )
+
+    def _match(self, boxes: Tensor, target: Targets) -> tuple[Tensor, Tensor]:
+        """The target's row and label of each (P, 4) region: 0 for background, -1 for neither."""
+        if not len(target):
+            background = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+            return background, background
+        matcher, sampler = self.roi_heads.proposal_matcher, self.roi_heads.fg_bg_sampler
+        overlaps, surplus = weighted_first(
+            box_iou(target.boxes, boxes),
+            target.weights,
+            matcher.high_threshold,
+            int(sampler.batch_size_per_image * sampler.positive_fraction),
+        )
+        matched = matcher(overlaps)
+        rows = matched.clamp(min=0)
+        labels = (target.classes + 1)[rows].masked_fill(matched == matcher.BELOW_LOW_THRESHOLD, 0)
+        ignored = surplus | (matched == matcher.BETWEEN_THRESHOLDS)
+        return rows, labels.masked_fill(ignored, -1)
 
     def score_regions(
         self, features: Features, boxes: list[Tensor], stride_shift: int = 0

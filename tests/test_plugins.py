@@ -292,7 +292,14 @@ def test_a_config_that_nobody_named_runs_no_code_and_still_gives_the_detector(
     path = plugin(own)
     on = ("SSOD.PLUGIN", path, "SSOD.MINE.ENABLED", True, "SSOD.FILTER.NAME", "Own")
     # Bounds that the default filter would refuse.
-    on += ("SSOD.LSM.ENABLED", True, "SSOD.LSM.ALPHA", 0.9, "SSOD.FILTER.SCORE_THRESH", 0.95)
+    on += (
+        "SSOD.LSM.ENABLED",
+        True,
+        "SSOD.FILTER.UNDECIDED_THRESH",
+        0.9,
+        "SSOD.FILTER.SCORE_THRESH",
+        0.95,
+    )
     cfg = _tiny_config(host, shapes, tmp_path / "run", *on)
     assert _marker(path) == 1
     (tmp_path / "config.yaml").write_text(cfg.dump())

@@ -28,7 +28,7 @@ KEYS = (
     *("SSOD.BURN_IN_ITERS", 1, "SOLVER.MAX_ITER", 3, "SSOD.LOG_PERIOD", 1, "SOLVER.BASE_LR", 0.002),
     *("SSOD.LABELED_VIEWS", "both", "SSOD.DATA.VAL_JSON", "", "SSOD.DATA.UNLABELED_TRUTH_JSON", ""),
 )
-LSM = ("SSOD.LSM.ENABLED", True, "SSOD.LSM.ALPHA", 0.05)
+LSM = ("SSOD.LSM.ENABLED", True, "SSOD.FILTER.UNDECIDED_THRESH", 0.05)
 NO_BOX = "a rank without a box"
 GIVEN = dict.fromkeys(("given boxes", NO_BOX), ("SSOD.FILTER.NAME", "GivenBoxes", *LSM))
 # What a teacher finds differs by rounding with the size of its batch, and with that now and then

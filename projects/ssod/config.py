@@ -20,7 +20,7 @@ from fvcore.common.config import CfgNode
 from ssod.core.method import METHOD_REGISTRY
 from ssod.errors import InputError
 from ssod.plugins import load_plugin
-from ssod.removed import REMOVED
+from ssod.removed import REMOVED, RENAMED
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +91,17 @@ def add_ssod_config(cfg: CfgNode) -> None:
     ssod.FILTER.NAME = "FixedThreshold"
     # FixedThreshold: probability above which a detection is learned (Unbiased Teacher).
     ssod.FILTER.SCORE_THRESH = 0.7
+    # FixedThreshold: probability above which a detection is undecided, at most SCORE_THRESH, for
+    # methods that learn such boxes: LSM (its alpha) and LABEL_MATCH. Without them it is not used.
+    # The other filters have bounds of their own: ACT's lower thresholds, SoftMatch's POOL_FLOOR.
+    ssod.FILTER.UNDECIDED_THRESH = 0.5
     _add_adaptive_threshold(ssod.FILTER)
     _add_soft_match(ssod.FILTER)
 
     ssod.LSM = type(cfg)()
     _add_low_resolution(ssod.LSM)
+    ssod.LABEL_MATCH = type(cfg)()
+    _add_label_match(ssod.LABEL_MATCH)
 
     ssod.DATA = type(cfg)()
     data = ssod.DATA
@@ -164,9 +170,6 @@ def _add_soft_match(group: CfgNode) -> None:
 def _add_low_resolution(group: CfgNode) -> None:
     # Low-confidence samples mining: a second branch on the strong view at half the size.
     group.ENABLED = False
-    # Score above which FixedThreshold hands boxes to the branch, at most SCORE_THRESH (LSM). The
-    # other filters have bounds of their own: ACT's lower thresholds, SoftMatch's POOL_FLOOR.
-    group.ALPHA = 0.5
     # Factor on the losses of the branch, within UNSUP_LOSS_WEIGHT (ours: LSM says "decreased").
     group.WEIGHT = 0.5
     # Levels of the small image that count; regions go to the level below that of the full one.
@@ -178,6 +181,21 @@ def _add_low_resolution(group: CfgNode) -> None:
     group.RPN_LOSS = False
     # Factor on the self-distillation, within UNSUP_LOSS_WEIGHT; 0: none.
     group.DISTILL_WEIGHT = 1.0
+
+
+def _add_label_match(group: CfgNode) -> None:
+    # Proposal self-assignment of undecided boxes, and mining of the reliable among them. Published
+    # with ACT, RPN_IGNORE_WEIGHT 0, UNSUP_BOX_LOSSES True and FOCAL_GAMMA 0.
+    group.ENABLED = False
+    # Factor on the self-assignment, within UNSUP_LOSS_WEIGHT.
+    group.WEIGHT = 1.0
+    # What its sum is divided by: all regions that were "sampled" (LabelMatch's code), or those that
+    # are "matched" to undecided boxes (paper), which is many times as strong.
+    group.NORMALIZER = "sampled"
+    # Regions of which the teacher decides that an undecided box is learned like a reliable one: the
+    # "student"'s, sampled for the losses (LabelMatch's code), or its own proposals, "teacher"
+    # (paper). "none": of no box.
+    group.MINING = "student"
 
 
 def add_detectron2_config(cfg: CfgNode) -> None:
@@ -217,6 +235,7 @@ def _coerce(default: Any, value: Any) -> Any:
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
+    key = RENAMED.get(key, key)
     if key in REMOVED:
         stays, instead = REMOVED[key]
         try:  # configs that runs have written hold every key

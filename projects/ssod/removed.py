@@ -1,5 +1,8 @@
-"""Keys of earlier versions: their value that is still done, and what to do instead of others."""
+"""Keys of earlier versions."""
 
+RENAMED = {"SSOD.LSM.ALPHA": "SSOD.FILTER.UNDECIDED_THRESH"}  # both are understood
+
+# Their value that is still done, and what to do instead of others.
 REMOVED = {
     "SSOD.FILTER.MIN_SCORE": (0.05, "thresholds are at least 0.05"),
     "SSOD.FILTER.N_SIGMA": (2.0, "weights fall off with n_sigma 2, as published"),

@@ -42,8 +42,15 @@ LSM = {
 }
 SOFT = ("SSOD.FILTER.POOL_FLOOR", 0.0)
 # An untrained detector is hardly ever sure, so that the branch alone has boxes, and distils.
-UNDECIDED = ("SSOD.FILTER.SCORE_THRESH", 0.9, "SSOD.LSM.ALPHA", 0.05)
+UNDECIDED = ("SSOD.FILTER.SCORE_THRESH", 0.9, "SSOD.FILTER.UNDECIDED_THRESH", 0.05)
 DISTILS = LSM | {"losses": (*LSM["losses"], "loss_distill_unsup")}
+LABEL_MATCH = {
+    "methods": ("LABEL_MATCH",),
+    "losses": ("loss_self_assign_unsup",),
+    "off": ("SSOD.LABEL_MATCH.WEIGHT", 0, "SSOD.LABEL_MATCH.MINING", "none"),
+}
+# More images than the other rows, or none of ACT's boxes is between the thresholds.
+ACT = ("SSOD.FILTER.QUEUE_IMAGES", 64, "SSOD.DATA.UNLABELED_PER_BATCH", 4)
 CASES = {
     "fixed": Case(),
     "ACT": Case("AdaptiveClassThreshold", ("SSOD.FILTER.QUEUE_IMAGES", 64)),
@@ -56,11 +63,29 @@ CASES = {
     "LSM, SoftMatch": Case("SoftMatchWeighting", SOFT, **DISTILS),
     "MLC": Case(
         keys=(
-            *("SSOD.LSM.ALPHA", 0.05, "SSOD.FILTER.SCORE_THRESH", 0.05, "SSOD.LSM.HEAD", "main"),
+            *("SSOD.FILTER.UNDECIDED_THRESH", 0.05, "SSOD.FILTER.SCORE_THRESH", 0.05),
+            *("SSOD.LSM.HEAD", "main"),
             *("SSOD.LSM.RPN_LOSS", True, "SSOD.LSM.WEIGHT", 1.0, "SSOD.LSM.DISTILL_WEIGHT", 0),
         ),
         methods=("LSM",),
         losses=(*LSM["losses"], "loss_rpn_cls_low_res_unsup", "loss_rpn_loc_low_res_unsup"),
         off=LSM["off"],
+    ),
+    "LabelMatch": Case(
+        "AdaptiveClassThreshold", (*ACT, "SSOD.RPN_IGNORE_WEIGHT", 0), **LABEL_MATCH
+    ),
+    "LabelMatch, teacher's proposals": Case(
+        "SoftMatchWeighting",
+        # With a variance of 1 no weight is 0: an untrained detector's scores hardly spread.
+        (*SOFT, "SSOD.FILTER.START", "paper", "SSOD.LABEL_MATCH.MINING", "teacher"),
+        **LABEL_MATCH,
+    ),
+    "LabelMatch, LSM": Case(
+        keys=UNDECIDED,
+        methods=("LABEL_MATCH", "LSM"),
+        losses=(*LABEL_MATCH["losses"], *DISTILS["losses"]),
+        # The main branch calls undecided boxes background without LabelMatch, so none.
+        off=(*LABEL_MATCH["off"], *LSM["off"], "SSOD.FILTER.UNDECIDED_THRESH", 0.9),
+        trains=True,
     ),
 }

@@ -65,7 +65,7 @@ class Recorder(Method):
         self._note("losses", step)
         return {f"loss_{self.name}": (self.scale * step.main.regions.logits.mean()).sum()}
 
-    def metrics(self):
+    def metrics(self, step):
         self._note("metrics")
         return {f"{self.name}/scale": self.scale.detach().sum()}
 
@@ -165,6 +165,9 @@ def test_the_record_is_filled_from_top_to_bottom():
     assert step.labeled_output.losses.keys() == LOSS_NAMES
     assert step.main is None
     assert [len(d) for d in step.detections] == [3] * 3
+    assert [len(boxes) for boxes in step.candidates.boxes] == [3] * 3
+    weak = model.teacher.preprocess(batch.unlabeled.weak)
+    assert torch.equal(step.teacher_features["0"], model.teacher.features(weak)["0"])
     assert [len(p) for p in step.pseudo_labels] == [2] * 3  # of `mix`
     assert torch.equal(step.pseudo_labels[0].boxes, labels[0].boxes[:2])
     assert torch.equal(step.unlabeled.strong[0], 255 - batch.unlabeled.strong[0])
@@ -331,5 +334,5 @@ def test_hooks_do_nothing_by_default():
     assert method.rescore(probs, torch.rand(4, 5)) is probs
     views, same = method.mix(batch.unlabeled, labels)
     assert views is batch.unlabeled and same is labels
-    assert method.losses(None) == method.metrics() == {}
+    assert method.losses(None) == method.metrics(None) == {}
     assert method.reweight(None, labels, None) is labels

@@ -45,6 +45,22 @@ class LossOutput:
     regions: RegionOutput
 
 
+@dataclass
+class Candidates:
+    """
+    What a detector finds in N images before non-maximum suppression.
+
+    Attributes:
+        boxes: (P_i, 4) proposals of each image.
+        output: head outputs of R = sum(P_i) regions.
+        class_probs: (R, K + 1), rescored.
+    """
+
+    boxes: list[Tensor]
+    output: RegionOutput
+    class_probs: Tensor
+
+
 class RegionDetector(nn.Module, ABC):
     """
     A two-stage detector, split where the semi-supervised methods need to reach in.
@@ -87,6 +103,12 @@ class RegionDetector(nn.Module, ABC):
         regions of all images before non-maximum suppression. The identity gives the host's own
         inference.
         """
+        return self.suppress(self.candidates(features, batch, rescore), batch)
+
+    def candidates(
+        self, features: Features, batch: ImageBatch, rescore: Rescore | None = None
+    ) -> Candidates:
+        """Return what `predict` chooses detections from, scored and rescored."""
         assert not self.training, (
             "predict needs eval mode: the RPN proposes differently in training"
         )
@@ -95,10 +117,16 @@ class RegionDetector(nn.Module, ABC):
         class_probs = output.logits.softmax(1)
         if rescore is not None:
             class_probs = rescore(class_probs, output.embeddings)
-        ends = accumulate(len(boxes) for boxes in proposals)
-        rows = [slice(end - len(boxes), end) for boxes, end in zip(proposals, ends, strict=True)]
-        per_image = zip(proposals, rows, batch.sizes, strict=True)
-        return [self.detect(boxes, output[r], class_probs[r], size) for boxes, r, size in per_image]
+        return Candidates(proposals, output, class_probs)
+
+    def suppress(self, found: Candidates, batch: ImageBatch) -> list[Detections]:
+        """Return the detections (R,) of each of N images, R = 0 allowed."""
+        ends = accumulate(len(boxes) for boxes in found.boxes)
+        rows = [slice(end - len(boxes), end) for boxes, end in zip(found.boxes, ends, strict=True)]
+        return [
+            self.detect(boxes, found.output[row], found.class_probs[row], size)
+            for boxes, row, size in zip(found.boxes, rows, batch.sizes, strict=True)
+        ]
 
     @abstractmethod
     def detect(
@@ -129,7 +157,12 @@ class RegionDetector(nn.Module, ABC):
 
     @abstractmethod
     def sample(self, proposals: list[Tensor], targets: list[Targets]) -> RegionSamples:
-        """Draw R regions of (P_i, 4) proposals and (M_i,) targets' boxes as the host does."""
+        """
+        Draw R regions of (P_i, 4) proposals and (M_i,) targets' boxes as the host does.
+
+        Regions of targets of weight 0 only take places that those of others leave, as
+        `ssod.core.sampling.weighted_first` says.
+        """
 
     @abstractmethod
     def score_regions(

@@ -60,6 +60,7 @@ class LowResolutionBranch(Method):
     """
 
     group = "LSM"
+    undecided = "branch"
 
     def __init__(
         self,

@@ -8,12 +8,12 @@ D embedding size.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from ssod.core.interfaces import Features, LossOutput, RegionDetector
+from ssod.core.interfaces import Candidates, Features, LossOutput, RegionDetector
 from ssod.core.structures import (
     Detections,
     ImageBatch,
@@ -46,8 +46,11 @@ class Step:
         labeled_features: the student's, of `labeled_batch`.
         labeled_output: the student's losses of `labeled_batch`.
         unlabeled: views of unlabeled images; None while the iteration uses none, like all below.
+        teacher_features: of the weak views.
+        candidates: what the teacher sees in the weak views before non-maximum suppression.
         detections: the teacher's, in the weak views.
-        pseudo_labels: what the filter kept of them, undecided boxes included.
+        pseudo_labels: what the filter kept of them, undecided boxes included. A method that decides
+            about boxes in this iteration changes them here, for the methods after it as well.
         batch: the strong views, of N images.
         features: the student's, of `batch`.
         main: the main branch's losses of `batch`.
@@ -62,6 +65,8 @@ class Step:
     labeled_features: Features = field(default_factory=dict)
     labeled_output: LossOutput | None = None
     unlabeled: Views | None = None
+    teacher_features: Features = field(default_factory=dict)
+    candidates: Candidates | None = None
     detections: list[Detections] = field(default_factory=list)
     pseudo_labels: list[PseudoLabels] = field(default_factory=list)
     batch: ImageBatch | None = None
@@ -76,9 +81,16 @@ class Method(nn.Module):
 
     State that changes in training lives in buffers and parameters. Parameters are trained with the
     student's, and have gradients of 0 in iterations that do not use them.
+
+    Attributes:
+        group: of its keys, below `SSOD`.
+        undecided: where it learns boxes that a filter is undecided about, which `FixedThreshold`
+            keeps for such a method alone: in a "branch" of its own, while they are background to
+            the main one, or in the "main" one.
     """
 
-    group: ClassVar[str]  # of its keys, below `SSOD`
+    group: ClassVar[str]
+    undecided: ClassVar[Literal["", "branch", "main"]] = ""
 
     def start(self, student: RegionDetector, teacher: RegionDetector) -> None:
         """Begin: the teacher has just become a copy of the student; nothing is learned yet."""
@@ -117,8 +129,8 @@ class Method(nn.Module):
         """
         return {}
 
-    def metrics(self) -> dict[str, Tensor]:
-        """Return 0-dim tensors that describe the state; no name has "loss" in it."""
+    def metrics(self, step: Step) -> dict[str, Tensor]:
+        """Return 0-dim tensors that describe the state or step; no name has "loss" in it."""
         return {}
 
     def idle_loss(self) -> Tensor | float:

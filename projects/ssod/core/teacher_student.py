@@ -19,7 +19,6 @@ from ssod.core.filters import PseudoLabelFilter, kept_rows
 from ssod.core.interfaces import RegionDetector
 from ssod.core.method import Method, Step
 from ssod.core.structures import (
-    Detections,
     PseudoLabels,
     RegionOutput,
     RegionSamples,
@@ -150,7 +149,7 @@ class TeacherStudent(nn.Module):
             if not self.teacher_started:
                 raise ValueError("the teacher has not started: call start_teacher_if_due before")
             step.unlabeled = batch.unlabeled
-            step.detections = self.detect(batch.unlabeled.weak)
+            self.detect(step)
             step.pseudo_labels = self.pseudo_label_filter(step.detections)
             losses |= self.unsupervised_losses(step)
             self.metrics = _describe(step.pseudo_labels) | self.pseudo_label_filter.metrics()
@@ -158,7 +157,7 @@ class TeacherStudent(nn.Module):
             for method in self.methods.values():
                 losses["loss_cls"] = losses["loss_cls"] + method.idle_loss()
         for method in self.methods.values():
-            self.metrics |= method.metrics()
+            self.metrics |= method.metrics(step)
         return losses
 
     def after_step(self) -> None:
@@ -186,15 +185,22 @@ class TeacherStudent(nn.Module):
         return True
 
     @torch.no_grad()
-    def detect(self, images: list[Tensor]) -> list[Detections]:
-        """Return what the teacher finds in uint8 RGB (3, h, w) images, rescored by the methods."""
-        batch = self.teacher.preprocess(images)
-        return self.teacher.predict(self.teacher.features(batch), batch, self.rescore)
+    def detect(self, step: Step) -> None:
+        """Let the teacher detect in the weak views, rescored by the methods; fills the record."""
+        assert step.unlabeled is not None, "there are unlabeled images"
+        batch = self.teacher.preprocess(step.unlabeled.weak)
+        features = self.teacher.features(batch)
+        candidates = self.teacher.candidates(features, batch, self.rescore)
+        step.detections = self.teacher.suppress(candidates, batch)
+        if self.methods:  # otherwise only memory that the student needs
+            step.teacher_features, step.candidates = features, candidates
 
     @torch.no_grad()
     def pseudo_labels(self, images: list[Tensor]) -> list[PseudoLabels]:
         """Label uint8 RGB (3, h, w) images with the teacher and the filter, one item an image."""
-        return self.pseudo_label_filter(self.detect(images))
+        batch = self.teacher.preprocess(images)
+        found = self.teacher.predict(self.teacher.features(batch), batch, self.rescore)
+        return self.pseudo_label_filter(found)
 
     def rescore(self, class_probs: Tensor, embeddings: Tensor) -> Tensor:
         """Let the methods change (R, K + 1) class probabilities of regions, R = 0 allowed."""
@@ -227,7 +233,8 @@ class TeacherStudent(nn.Module):
         for method in self.methods.values():
             step.unlabeled, step.pseudo_labels = method.mix(step.unlabeled, step.pseudo_labels)
         learned = step.pseudo_labels
-        if self.pseudo_label_filter.drops_undecided:
+        keeps_undecided = any(method.undecided == "main" for method in self.methods.values())
+        if self.pseudo_label_filter.drops_undecided and not keeps_undecided:
             rows = kept_rows([p.reliable for p in learned])
             learned = [p[row] for p, row in zip(learned, rows, strict=True)]
         step.batch = self.student.preprocess(step.unlabeled.strong)

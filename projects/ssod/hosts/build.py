@@ -51,13 +51,8 @@ def build_filter(cfg: CfgNode, num_classes: int) -> PseudoLabelFilter:
         "ema_decay": keys.EMA_DECAY ** (1 / passes) if 0 < keys.EMA_DECAY < 1 else keys.EMA_DECAY,
     }
     cls = PSEUDO_LABEL_FILTER_REGISTRY.get(keys.NAME)
-    if cfg.SSOD.LSM.ENABLED and "undecided_thresh" in inspect.signature(cls).parameters:
-        low, high = cfg.SSOD.LSM.ALPHA, keys.SCORE_THRESH
-        if not 0 <= low <= high:
-            raise InputError(
-                f"SSOD.LSM.ALPHA must be in [0, SSOD.FILTER.SCORE_THRESH {high}], got {low}"
-            )
-        given["undecided_thresh"] = low
+    if "undecided_thresh" in inspect.signature(cls).parameters:
+        given["undecided_thresh"] = _undecided_thresh(cfg)
     return _make(cls, keys, given)
 
 
@@ -69,12 +64,26 @@ def build_methods(cfg: CfgNode, student: RegionDetector) -> dict[str, Method]:
         InputError: if one refuses a key, or cannot work with this detector.
     """
     given = {"student": student, "unsup_box_losses": cfg.SSOD.UNSUP_BOX_LOSSES}
-    return {
-        cls.group: _make(cls, cfg.SSOD[cls.group], given)
-        for _, cls in METHOD_REGISTRY
-        # The file of a plugin may have been run for another config.
-        if cls.group in cfg.SSOD and cfg.SSOD[cls.group].ENABLED
-    }
+    return {cls.group: _make(cls, cfg.SSOD[cls.group], given) for cls in _enabled(cfg)}
+
+
+def _enabled(cfg: CfgNode) -> list[type[Method]]:
+    # The file of a plugin may have been run for another config.
+    groups = [(cls, cfg.SSOD.get(cls.group)) for _, cls in METHOD_REGISTRY]
+    return [cls for cls, keys in groups if keys is not None and keys.ENABLED]
+
+
+def _undecided_thresh(cfg: CfgNode) -> float | None:
+    """`SSOD.FILTER.UNDECIDED_THRESH` if a method learns undecided boxes, else None."""
+    if not any(cls.undecided for cls in _enabled(cfg)):
+        return None
+    low, high = cfg.SSOD.FILTER.UNDECIDED_THRESH, cfg.SSOD.FILTER.SCORE_THRESH
+    if not 0 <= low <= high:
+        raise InputError(
+            f"SSOD.FILTER.UNDECIDED_THRESH must be in [0, SSOD.FILTER.SCORE_THRESH {high}], "
+            f"got {low}"
+        )
+    return low
 
 
 def _make(cls: type, keys: CfgNode, given: dict[str, Any]) -> Any:

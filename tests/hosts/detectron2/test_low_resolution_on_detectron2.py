@@ -19,7 +19,14 @@ from tiny_detectron2 import tiny_config
 from tiny_run import BURN_IN_ITERS, MAX_ITER, differences
 
 LSM = (
-    *("SSOD.LSM.ENABLED", True, "SSOD.LSM.ALPHA", 0.05, "SSOD.FILTER.SCORE_THRESH", 0.9),
+    *(
+        "SSOD.LSM.ENABLED",
+        True,
+        "SSOD.FILTER.UNDECIDED_THRESH",
+        0.05,
+        "SSOD.FILTER.SCORE_THRESH",
+        0.9,
+    ),
     *("SSOD.DATA.VAL_JSON", ""),
 )
 LOSSES = {"loss_cls_low_res_unsup", "loss_box_reg_low_res_unsup", "loss_distill_unsup"}
@@ -90,7 +97,7 @@ def test_every_parameter_gets_a_gradient(shapes, tmp_path, head, burn_in_iters, 
     """`DistributedDataParallel` without `find_unused_parameters` needs it in every iteration."""
     keys = ("SSOD.LSM.HEAD", head, "SSOD.BURN_IN_ITERS", burn_in_iters)
     alpha = 0.05 if score_thresh < 1 else 1.0  # nothing to learn at all
-    keys += ("SSOD.FILTER.SCORE_THRESH", score_thresh, "SSOD.LSM.ALPHA", alpha)
+    keys += ("SSOD.FILTER.SCORE_THRESH", score_thresh, "SSOD.FILTER.UNDECIDED_THRESH", alpha)
     model = build_model(tiny_config(shapes, tmp_path, *LSM, *keys))
     images = [torch.randint(256, (3, 64, 64), dtype=torch.uint8)]
     boxes = torch.tensor([[4.0, 6.0, 40.0, 50.0]])

@@ -22,16 +22,19 @@ OWN = [cls for _, cls in PSEUDO_LABEL_FILTER_REGISTRY if cls.__module__.startswi
 FILTERS = {cls.__name__: cls for cls in OWN}
 METHODS = {cls.group: cls for _, cls in METHOD_REGISTRY if cls.__module__.startswith("ssod.")}
 # Read by the builder itself, or by hosts.
-NO_ARGUMENTS = {"FILTER": {"NAME"}, "LSM": {"ENABLED", "ALPHA"}}
-# Published values that no recipe changes, and what `SSOD.LSM.ALPHA` becomes.
+NO_ARGUMENTS = {"FILTER": {"NAME"}} | dict.fromkeys(METHODS, {"ENABLED"})
+# Published values that no recipe changes.
 NO_KEYS = {
-    "FixedThreshold": {"undecided_thresh"},
     "AdaptiveClassThreshold": {"min_score"},
     "SoftMatchWeighting": {"n_sigma"},
+    "LABEL_MATCH": {"min_score", "min_iou", "temperature"},
 }
 # Another value of each key, and where it ends up.
 VALUES = {
-    "FixedThreshold": {"SCORE_THRESH": (0.25, lambda f: f.score_thresh)},
+    "FixedThreshold": {
+        "SCORE_THRESH": (0.75, lambda f: f.score_thresh),
+        "UNDECIDED_THRESH": (0.25, lambda f: f.undecided_thresh),
+    },
     "AdaptiveClassThreshold": {
         "SOURCE": ("sweep", lambda f: f.source),
         "REFRESH_PERIOD": (7, lambda f: f.refresh_period),
@@ -52,6 +55,11 @@ VALUES = {
         "HEAD": ("main", lambda m: "main" if m.classifier is None else "aux"),
         "RPN_LOSS": (True, lambda m: m.rpn_losses == ("loss_rpn_cls",)),
         "DISTILL_WEIGHT": (0.5, lambda m: m.distill_weight),
+    },
+    "LABEL_MATCH": {
+        "WEIGHT": (0.25, lambda m: m.weight),
+        "NORMALIZER": ("matched", lambda m: m.normalizer),
+        "MINING": ("teacher", lambda m: m.mining),
     },
 }
 
@@ -91,7 +99,8 @@ def test_every_argument_is_a_key_or_given(name, cls, group):
 def test_the_table_of_values_has_every_key():
     cfg = get_config().SSOD
     assert {key for name in FILTERS for key in VALUES[name]} == cfg.FILTER.keys() - {"NAME"}
-    assert VALUES["LSM"].keys() == cfg.LSM.keys() - NO_ARGUMENTS["LSM"]
+    for group in METHODS:
+        assert VALUES[group].keys() == cfg[group].keys() - {"ENABLED"}
 
 
 @pytest.mark.parametrize(
@@ -102,7 +111,7 @@ def test_a_key_changes_what_it_names(name, key):
 
     def build(*overrides):
         if name in FILTERS:
-            return _filter(name, *overrides)
+            return _filter(name, "SSOD.LSM.ENABLED", True, *overrides)
         cfg = _config(f"SSOD.{name}.ENABLED", True, *overrides)
         return build_methods(cfg, FakeDetector())[name]
 
@@ -140,19 +149,27 @@ def test_a_decay_out_of_range_is_refused_as_it_was_set(decay):
         _filter("SoftMatchWeighting", *overrides)
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_alpha_is_the_lower_threshold_only_for_the_second_branch(enabled):
-    overrides = ("SSOD.LSM.ENABLED", enabled, "SSOD.LSM.ALPHA", 0.25)
-    labels = _filter("FixedThreshold", *overrides)
-    assert labels.undecided_thresh == (0.25 if enabled else 0.7)
-    assert labels.drops_undecided == enabled
+@pytest.mark.parametrize("group", [None, "LSM", "LABEL_MATCH"])
+def test_boxes_are_undecided_only_for_methods_that_learn_them(group):
+    overrides = ("SSOD.FILTER.UNDECIDED_THRESH", 0.25)
+    labels = _filter(
+        "FixedThreshold", *((f"SSOD.{group}.ENABLED", True) if group else ()), *overrides
+    )
+    assert labels.undecided_thresh == (0.25 if group else 0.7)
+    assert labels.drops_undecided == bool(group)
 
 
-@pytest.mark.parametrize("alpha", [-0.1, 0.71, ".nan"])
+def test_the_former_name_of_the_lower_threshold_is_understood():
+    cfg = _config("SSOD.LSM.ENABLED", True, "SSOD.LSM.ALPHA", 0.25)
+    assert build_filter(cfg, NUM_CLASSES).undecided_thresh == 0.25
+
+
+@pytest.mark.parametrize("low", [-0.1, 0.71, ".nan"])
 @pytest.mark.parametrize("name", FILTERS)
-def test_an_alpha_out_of_range_is_refused_where_it_is_used(name, alpha):
-    overrides = ("SSOD.LSM.ENABLED", True, "SSOD.LSM.ALPHA", alpha)
-    message = r"^SSOD.LSM.ALPHA must be in \[0, SSOD.FILTER.SCORE_THRESH 0.7\], got .*$"
+def test_a_lower_threshold_out_of_range_is_refused_where_it_is_used(name, low):
+    overrides = ("SSOD.LSM.ENABLED", True, "SSOD.FILTER.UNDECIDED_THRESH", low)
+    key = "SSOD.FILTER.UNDECIDED_THRESH"
+    message = rf"^{key} must be in \[0, SSOD.FILTER.SCORE_THRESH 0.7\], got .*$"
     is_used = name == "FixedThreshold"
     with pytest.raises(InputError, match=message) if is_used else nullcontext():
         _filter(name, *overrides)
@@ -167,6 +184,25 @@ def test_methods_are_those_that_are_enabled():
     assert build_methods(_config(), FakeDetector()) == {}
     methods = build_methods(_config("SSOD.LSM.ENABLED", True), FakeDetector())
     assert [(name, type(m)) for name, m in methods.items()] == [("LSM", METHODS["LSM"])]
+    both = build_methods(
+        _config("SSOD.LSM.ENABLED", True, "SSOD.LABEL_MATCH.ENABLED", True), FakeDetector()
+    )
+    # What is mined is known to the second branch.
+    assert list(both) == ["LABEL_MATCH", "LSM"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("WEIGHT", -1.0, "must be at least 0, got -1.0"),
+        ("NORMALIZER", "all", r"must be one of \('sampled', 'matched'\), got 'all'"),
+        ("MINING", "on", r"must be one of \('student', 'teacher', 'none'\), got 'on'"),
+    ],
+)
+def test_bad_values_of_label_match_are_one_line(key, value, message):
+    cfg = _config("SSOD.LABEL_MATCH.ENABLED", True, f"SSOD.LABEL_MATCH.{key}", value)
+    with pytest.raises(InputError, match=f"^SSOD.LABEL_MATCH.{key} {message}$"):
+        build_methods(cfg, FakeDetector())
 
 
 def test_keys_of_the_mean_teacher_reach_it():

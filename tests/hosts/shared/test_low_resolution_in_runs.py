@@ -13,7 +13,7 @@ from tiny_run import (
     tiny_config,
 )
 
-LSM = ("SSOD.LSM.ENABLED", True, "SSOD.LSM.ALPHA", 0.05, "SSOD.DATA.VAL_JSON", "")
+LSM = ("SSOD.LSM.ENABLED", True, "SSOD.FILTER.UNDECIDED_THRESH", 0.05, "SSOD.DATA.VAL_JSON", "")
 FILTERS = {
     "fixed": ("SSOD.FILTER.SCORE_THRESH", 0.9),  # an untrained detector is never that sure
     "act": ("SSOD.FILTER.NAME", "AdaptiveClassThreshold", "SSOD.FILTER.QUEUE_IMAGES", 64),
@@ -58,13 +58,13 @@ def test_weight_zero_trains_the_mean_teacher(shapes, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (("HEAD", "both"), r"SSOD.LSM.HEAD must be one of \('aux', 'main'\), got 'both'"),
-        (("LEVELS", "(1, 2)"), "SSOD.LSM.LEVELS must be some of"),
-        (("ALPHA", 0.9), "SSOD.LSM.ALPHA must be in"),
-        (("DISTILL_WEIGHT", -1), "SSOD.LSM.DISTILL_WEIGHT must be at least 0, got -1"),
+        (("LSM.HEAD", "both"), r"SSOD.LSM.HEAD must be one of \('aux', 'main'\), got 'both'"),
+        (("LSM.LEVELS", "(1, 2)"), "SSOD.LSM.LEVELS must be some of"),
+        (("FILTER.UNDECIDED_THRESH", 0.9), "SSOD.FILTER.UNDECIDED_THRESH must be in"),
+        (("LSM.DISTILL_WEIGHT", -1), "SSOD.LSM.DISTILL_WEIGHT must be at least 0, got -1"),
     ],
 )
 def test_bad_value_is_one_line(shapes, tmp_path, keys, message):
-    keys = (f"SSOD.LSM.{keys[0]}", keys[1])
+    keys = (f"SSOD.{keys[0]}", keys[1])
     with pytest.raises(InputError, match=message):
         Run(tiny_config(shapes, tmp_path, *LSM, *keys))

@@ -210,7 +210,7 @@ def test_state_of_another_optimizer_is_refused(host, tmp_path):
 
 @pytest.mark.parametrize("changed", [("ENABLED", False), ("HEAD", "main")])
 def test_methods_of_a_run_are_not_exchanged(host, tmp_path, changed):
-    lsm = ("SSOD.LSM.ENABLED", True, "SSOD.LSM.ALPHA", 0.05)
+    lsm = ("SSOD.LSM.ENABLED", True, "SSOD.FILTER.UNDECIDED_THRESH", 0.05)
     host.train(tmp_path, *lsm, *_until(1))
     with pytest.raises(InputError, match="its optimizer does not fit: .* and the methods as they"):
         host.open(tmp_path, *lsm, f"SSOD.LSM.{changed[0]}", changed[1])
@@ -219,7 +219,14 @@ def test_methods_of_a_run_are_not_exchanged(host, tmp_path, changed):
 @pytest.mark.parametrize("sweeps", [False, True])
 def test_state_of_a_methods_parameters_starts_with_the_teacher(host, tmp_path, sweeps):
     """Where a burn-in was shortened before a run was resumed, also if the teacher sweeps then."""
-    keys = ("SSOD.LSM.ENABLED", True, "SSOD.LSM.ALPHA", 0.05, "SSOD.OPTIMIZER", "AdamW")
+    keys = (
+        "SSOD.LSM.ENABLED",
+        True,
+        "SSOD.FILTER.UNDECIDED_THRESH",
+        0.05,
+        "SSOD.OPTIMIZER",
+        "AdamW",
+    )
     if sweeps:
         keys += ("SSOD.FILTER.NAME", "AdaptiveClassThreshold", "SSOD.FILTER.SOURCE", "sweep")
     host.train(tmp_path, *keys, *_until(3), "SSOD.BURN_IN_ITERS", 100)
@@ -230,7 +237,7 @@ def test_state_of_a_methods_parameters_starts_with_the_teacher(host, tmp_path, s
 
 
 def test_first_momentum_is_kept_without_a_burn_in(host, tmp_path):
-    lsm = ("SSOD.LSM.ENABLED", True, "SSOD.LSM.ALPHA", 0.05, "SSOD.BURN_IN_ITERS", 0)
+    lsm = ("SSOD.LSM.ENABLED", True, "SSOD.FILTER.UNDECIDED_THRESH", 0.05, "SSOD.BURN_IN_ITERS", 0)
     run = host.train(tmp_path, *lsm, "SOLVER.WEIGHT_DECAY", 0, *_until(1))
     for parameter in run.model.methods.parameters():
         buffer = run.step.optimizer.state[parameter]["momentum_buffer"]

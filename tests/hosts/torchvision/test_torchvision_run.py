@@ -351,7 +351,7 @@ def test_mixed_precision_trains_close_to_fp32(shapes, output):
 
 def test_evaluation_needs_no_training_images_and_no_methods(finished_run, shapes, tmp_path):
     """Of a run with a second branch, as of one without."""
-    lsm = ("SSOD.LSM.ENABLED", True, "SSOD.LSM.ALPHA", 0.05, *TWO_STEPS)
+    lsm = ("SSOD.LSM.ENABLED", True, "SSOD.FILTER.UNDECIDED_THRESH", 0.05, *TWO_STEPS)
     train(tiny_config(shapes, tmp_path, *lsm))
     nowhere = ("SSOD.DATA.LABELED_JSON", "nowhere", "SSOD.DATA.UNLABELED_JSON", "nowhere")
     args = Namespace(resume=False, eval_only=True, opts=[])

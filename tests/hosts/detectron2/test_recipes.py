@@ -110,6 +110,72 @@ PUBLISHED = {
     ),
 }
 
+LABEL_MATCH_SHARED = SHARED | {
+    "MODEL.RPN.POSITIVE_FRACTION": 0.5,
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": True,
+    "SOLVER.GAMMA": 0.1,
+    "SOLVER.WARMUP_ITERS": 500,
+    "SSOD.UNSUP_LOSS_WEIGHT": 2.0,
+    "SSOD.EMA_DECAY": 0.996,
+    "SSOD.FILTER.NAME": "AdaptiveClassThreshold",
+    "SSOD.FILTER.SOURCE": "sweep",
+    "SSOD.FILTER.REFRESH_PERIOD": 1000,
+    "SSOD.FILTER.SWEEP_IMAGES": 10000,
+    "SSOD.FILTER.RELIABLE_FRACTION": 0.2,
+    "SSOD.LABEL_MATCH.ENABLED": True,
+    "SSOD.LABEL_MATCH.WEIGHT": 1.0,
+    "SSOD.LABEL_MATCH.NORMALIZER": "sampled",
+    "SSOD.LABEL_MATCH.MINING": "student",
+    "SSOD.RPN_IGNORE_WEIGHT": 0.0,
+    "SSOD.UNSUP_BOX_LOSSES": True,
+    "SSOD.FOCAL_GAMMA": 0.0,
+    "SSOD.LABELED_VIEWS": "strong",  # with erasing: a deviation, as are the training's sizes
+    "INPUT.MIN_SIZE_TRAIN": COCO_SIZES,
+    "INPUT.MIN_SIZE_TEST": 800,
+}
+LABEL_MATCH_COLUMNS = (
+    "DATASETS.TRAIN",
+    "SSOD.DATA.PERCENT",
+    "SSOD.DATA.UNLABELED",
+    "DATASETS.TEST",
+    "MODEL.ROI_HEADS.NUM_CLASSES",
+    "SOLVER.IMS_PER_BATCH",
+    "SSOD.DATA.UNLABELED_PER_BATCH",
+    "SOLVER.BASE_LR",
+)
+LABEL_MATCH = {
+    f"coco-standard/labelmatch_R_50_FPN_{percent}pct": (
+        *(("coco_2017_train",), percent, (), ("coco_2017_val",), 80),
+        *(16, 16, 0.02 * 16 / 32),
+    )
+    for percent in (1, 5, 10)
+} | {
+    "coco-additional/labelmatch_R_50_FPN": (
+        *(("coco_2017_train",), 0, ("coco_2017_unlabeled",), ("coco_2017_val",), 80),
+        *(32, 32, 0.004 * 32 / 32),
+    ),
+    "voc/labelmatch_R_50_FPN": (
+        *(("voc_2007_trainval",), 0, ("voc_2012_trainval",), ("voc_2007_test",), 20),
+        *(16, 16, 0.01 * 16 / 32),
+    ),
+}
+# Epochs of the burn-in and images with labels; then iterations, and those that decay the rate.
+LABEL_MATCH_SCHEDULES = {
+    "coco-standard/labelmatch_R_50_FPN_1pct": (12 * 5, 1173, 160000, ()),
+    "coco-standard/labelmatch_R_50_FPN_5pct": (12 * 2, 5863, 160000, ()),
+    "coco-standard/labelmatch_R_50_FPN_10pct": (12 * 2, 11727, 160000, ()),
+    "coco-additional/labelmatch_R_50_FPN": (12, 117266, 540000, (360000, 480000)),
+    "voc/labelmatch_R_50_FPN": (12, 5011, 160000, ()),
+}
+EXPECTED = {
+    name: shared | dict(zip(columns, row, strict=True))
+    for shared, columns, rows in (
+        (SHARED, COLUMNS, PUBLISHED),
+        (LABEL_MATCH_SHARED, LABEL_MATCH_COLUMNS, LABEL_MATCH),
+    )
+    for name, row in rows.items()
+}
+
 
 def _leaves(node, prefix=""):
     for key, value in node.items():
@@ -136,13 +202,25 @@ def _difference(name, other):
     return {key: value for key, value in values.items() if value != others[key]}
 
 
+def _learning_rates(cfg, iterations):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
+    scheduler = build_lr_scheduler(cfg, optimizer)
+    rates = []
+    for iteration in iterations:
+        scheduler.last_epoch = iteration - 1
+        optimizer.step()
+        scheduler.step()
+        rates += scheduler.get_last_lr()
+    return rates
+
+
 def test_every_recipe_is_here():
     others = {
         name.replace("unbiased_teacher", other)
         for name in PUBLISHED
         for other in ("supervised", "lsm")
     }
-    assert set(RECIPES) == {*PUBLISHED, *others, ONE_GPU}
+    assert set(RECIPES) == {*PUBLISHED, *others, *LABEL_MATCH, ONE_GPU}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -168,25 +246,32 @@ def test_no_key_repeats_what_it_inherits(name):
     assert repeated == (set() if base else {"SSOD.HOST"})
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_numbers_are_the_published_ones(name):
-    expected = SHARED | dict(zip(COLUMNS, PUBLISHED[name], strict=True))
     values = _values(name)
-    assert {key: values[key] for key in expected} == expected
+    assert {key: values[key] for key in EXPECTED[name]} == EXPECTED[name]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", LABEL_MATCH)
+def test_schedule_of_label_match_is_the_published_one_after_its_burn_in(name):
+    epochs, images, iterations, steps = LABEL_MATCH_SCHEDULES[name]
+    cfg = _config(name)
+    burn_in = cfg.SSOD.BURN_IN_ITERS
+    assert burn_in * cfg.SOLVER.IMS_PER_BATCH == pytest.approx(epochs * images, rel=0.001)
+    assert burn_in + iterations == cfg.SOLVER.MAX_ITER
+    assert tuple(burn_in + step for step in steps) == cfg.SOLVER.STEPS
+    decayed = [cfg.SOLVER.BASE_LR * 0.1 ** (count + 1) for count in range(len(steps))]
+    assert _learning_rates(cfg, cfg.SOLVER.STEPS) == pytest.approx(decayed)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
 def test_learning_rate_is_constant_after_the_warm_up(name):
     cfg = _config(name)
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
-    scheduler = build_lr_scheduler(cfg, optimizer)
-    rates = scheduler.get_last_lr()
-    for iteration in (499, 999, cfg.SOLVER.MAX_ITER // 2, cfg.SOLVER.MAX_ITER - 2):
-        scheduler.last_epoch = iteration
-        optimizer.step()
-        scheduler.step()
-        rates += scheduler.get_last_lr()
-    assert rates == pytest.approx([1e-5, 0.005005, 0.01, 0.01, 0.01])
+    warm_up, rate = cfg.SOLVER.WARMUP_ITERS, EXPECTED[name]["SOLVER.BASE_LR"]
+    last = min((cfg.SOLVER.MAX_ITER, *cfg.SOLVER.STEPS)) - 1
+    rates = _learning_rates(cfg, [0, warm_up // 2, warm_up, last // 2, last])
+    expected = [0.001 * rate, 0.5005 * rate, rate, rate, rate]
+    assert rates == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", SUPERVISED)
@@ -200,7 +285,7 @@ def test_lsm_is_added_to_the_recipe_with_the_published_thresholds(name):
     recipe = name.replace("lsm", "unbiased_teacher")
     assert _difference(name, recipe) == {"SSOD.LSM.ENABLED": True}
     cfg = _config(name)
-    assert (cfg.SSOD.LSM.ALPHA, cfg.SSOD.FILTER.SCORE_THRESH) == (0.5, 0.7)
+    assert (cfg.SSOD.FILTER.UNDECIDED_THRESH, cfg.SSOD.FILTER.SCORE_THRESH) == (0.5, 0.7)
     assert cfg.SSOD.LSM.LEVELS == (2, 3, 4)
 
 
@@ -208,6 +293,13 @@ def test_recipes_of_coco_standard_differ_in_the_percentage_alone():
     first, *others = (f"coco-standard/unbiased_teacher_R_50_FPN_{p}pct" for p in PERCENTS)
     for name, percent in zip(others, PERCENTS[1:], strict=True):
         assert _difference(name, first) == {"SSOD.DATA.PERCENT": percent}
+
+
+def test_label_match_recipes_of_coco_standard_differ_in_percentage_and_burn_in_alone():
+    first, *others = (name for name in LABEL_MATCH if name.startswith("coco-standard/"))
+    for name in others:
+        keys = {"SSOD.DATA.PERCENT", "SSOD.BURN_IN_ITERS", "SOLVER.MAX_ITER"}
+        assert set(_difference(name, first)) == keys
 
 
 def test_coco_imagenet_differs_from_coco_additional_in_the_unlabeled_images_alone():
@@ -255,7 +347,9 @@ def test_scaling_keeps_learning_rate_an_image_and_images_seen(name, world_size):
 
     assert scaled.SOLVER.IMS_PER_BATCH == cfg.SOLVER.IMS_PER_BATCH * factor
     assert amounts(scaled) == pytest.approx(amounts(cfg))
-    assert scaled.SOLVER.STEPS == ()
+    steps, labeled = scaled.SOLVER.STEPS, scaled.SOLVER.IMS_PER_BATCH
+    images = [step * cfg.SOLVER.IMS_PER_BATCH for step in cfg.SOLVER.STEPS]
+    assert [step * labeled for step in steps] == pytest.approx(images)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -278,3 +372,16 @@ def test_recipe_builds_its_model():
     assert [len(stage) for stage in stages] == [3, 4, 6, 3]
     trainable = [any(p.requires_grad for p in stage.parameters()) for stage in stages]
     assert trainable == [False, True, True, True]
+
+
+def test_label_match_recipe_builds_its_parts():
+    cfg = _config("voc/labelmatch_R_50_FPN").clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    # What has no key.
+    method = model.methods["LABEL_MATCH"]
+    assert (method.min_score, method.min_iou, method.temperature) == (0.8, 0.8, 0.5)
+    assert model.pseudo_label_filter.min_score == 0.05
+    assert model.student.proposal_generator.positive_fraction == 0.5
+    assert model.student.roi_heads.box_predictor.bbox_pred.out_features == 4

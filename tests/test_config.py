@@ -10,7 +10,7 @@ from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY
 from ssod.core.method import METHOD_REGISTRY
 from ssod.errors import InputError
 from ssod.hosts.torchvision.defaults import get_config
-from ssod.removed import REMOVED
+from ssod.removed import REMOVED, RENAMED
 
 PACKAGE = Path(ssod.__file__).parent
 SHIPPED = sorted((PACKAGE.parents[1] / "configs").rglob("*.yaml"))
@@ -285,6 +285,21 @@ def test_another_value_of_a_removed_key_says_what_to_do_instead(merge, key):
         assert f"{key} was removed" in message and repr(value) in message
         assert message.endswith(instead)
         assert "\n" not in message
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_the_former_name_of_a_key_is_understood(merge, tmp_path, old, new):
+    def read(*arguments):
+        return dict(_leaves(merge(*arguments)))[new]
+
+    assert read(_nested(old, 0.25)) == read("SEED: 1", old, "0.25") == 0.25
+    assert read(_nested(old, 0.25), new, "0.5") == read(_nested(new, 0.25), old, "0.5") == 0.5
+    with pytest.raises(InputError, match=f"command line: {old} needs a value of type float"):
+        merge("SEED: 1", old, "high")
+    # One of a file and one of its base: which of them is meant cannot be told.
+    (tmp_path / "base.yaml").write_text(f"SSOD: {_nested(new.removeprefix('SSOD.'), 0.5)}")
+    with pytest.raises(InputError, match=f"{old} is {new} now, and both are set"):
+        merge(f"_BASE_: base.yaml\nSSOD: {_nested(old.removeprefix('SSOD.'), 0.25)}")
 
 
 def test_what_is_named_instead_of_removed_keys_exists():

@@ -235,7 +235,7 @@ def _coerce(default: Any, value: Any) -> Any:
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
-    key = RENAMED.get(key, key)
+    given, key = key, RENAMED.get(key, key)
     if key in REMOVED:
         stays, instead = REMOVED[key]
         try:  # configs that runs have written hold every key
@@ -253,7 +253,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
         value = _coerce(known[key], value)
     except (TypeError, ValueError, SyntaxError, yaml.YAMLError) as error:
         raise InputError(
-            f"{source}: {key} needs a value of type {type(known[key]).__name__} such as "
+            f"{source}: {given} needs a value of type {type(known[key]).__name__} such as "
             f"{known[key]!r}, got {value!r}"
         ) from error
     if key in _RANGES and not _RANGES[key][0] <= value <= _RANGES[key][1]:
@@ -303,6 +303,9 @@ def merge_config(
     if len(overrides) % 2:
         raise InputError(f"overrides must be KEY VALUE pairs, got {' '.join(overrides)!r}")
     leaves = dict(_leaves(_load_yaml(path) if path else {}))
+    for old, new in RENAMED.items():
+        if {old, new} <= leaves.keys():
+            raise InputError(f"{path}: {old} is {new} now, and both are set: leave the former out")
     pairs = dict(zip(overrides[::2], overrides[1::2], strict=True))
     plugin = pairs.get("SSOD.PLUGIN", leaves.get("SSOD.PLUGIN", ""))
     if plugin and run_plugin:

@@ -97,9 +97,9 @@ def test_mining_of_nothing():
     assert mine_reliable(none, none, none.long(), 0).shape == (0,)
 
 
-def test_scores_that_are_not_numbers_mine_nothing():
-    scores = torch.tensor([0.9, math.nan])
-    assert mine_reliable(scores, scores, torch.tensor([0, 0]), 1).tolist() == [False]
+def test_scores_that_are_not_numbers_mine_nothing_and_spoil_no_other_box():
+    scores = torch.tensor([0.9, math.nan, 0.9])
+    assert mine_reliable(scores, scores, torch.tensor([0, 0, 1]), 2).tolist() == [False, True]
 
 
 # ---------------------------------------------------------------- the method

@@ -37,7 +37,7 @@ class PseudoLabelFilter(nn.Module, ABC):
     Attributes:
         is_soft: whether what is learned has weights other than 1.
         drops_undecided: whether boxes that are not `reliable` are background to the main branch
-            instead of being ignored; only other branches learn from them then.
+            instead of being ignored, unless a method learns them there.
     """
 
     is_soft = False
@@ -122,8 +122,8 @@ class FixedThreshold(PseudoLabelFilter):
     Keep detections with a score above one threshold, all with weight 1.
 
     The filter of Unbiased Teacher (https://arxiv.org/abs/2102.09480): strictly above, default 0.7.
-    Detections with a score in (undecided_thresh, score_thresh] are kept for other branches, with
-    weights of 0 and not `reliable`; to the main branch they are background.
+    Detections with a score in (undecided_thresh, score_thresh] are kept for methods, with weights
+    of 0 and not `reliable`; to the main branch they are background unless a method learns them.
 
     Args:
         score_thresh: probability in [0, 1].

@@ -86,7 +86,8 @@ def mine_reliable(
     """
     member = (rows == torch.arange(num_boxes, device=rows.device)[:, None]).double()
     counts = member.sum(1)
-    sums = member @ torch.stack([scores, ious], 1).double()
+    # What is not a number counts as 0, and for its own box alone.
+    sums = member @ torch.stack([scores, ious], 1).double().nan_to_num()
     score, iou = (sums / counts.clamp(min=1)[:, None] + EPS).unbind(1)
     return (counts > 0) & (score >= min_score) & (iou >= min_iou)
 
@@ -100,11 +101,12 @@ class LabelMatch(Method):
     main branch does not learn, w being its weight: all of an undecided box (between ACT's two
     thresholds, or two fixed ones), and a part of those that SoftMatch weighs. The student's regions
     that were matched to the box learn what the teacher's box head says of the same regions of the
-    weak view. If the teacher is sure of a box, its regions learn it as an object instead: weight 1,
-    coordinates included, also for methods after this one in the iteration.
+    weak view, by its own scores as no method changes them. If the teacher is sure of a box, its
+    regions learn it as an object instead: weight 1, also for coordinates where these are learned,
+    and for methods after this one in the iteration.
 
-    Differs from the published code: a region is of the reliable or of the undecided boxes, never of
-    both, and the main branch's losses are divided by all sampled regions.
+    Differs from the published code: with two thresholds a region is of the reliable or of the
+    undecided boxes, never of both, and the main branch's losses are divided by all sampled regions.
 
     Args:
         weight: factor on the self-assignment.

@@ -205,6 +205,8 @@ class SoftMatchWeighting(PseudoLabelFilter):
             scores = aligned.gather(1, classes[:, None])[:, 0]
         mean, var = (values[self._groups(classes)] for values in self.mean_and_variance())
         weights = truncated_gaussian_weight(scores, mean, var.clamp(min=MIN_VAR), self.n_sigma)
+        # Not 0: samplers would take the box for one without a loss.
+        weights = weights.clamp(min=torch.finfo(torch.float32).tiny)
         sizes = [len(d) for d in detections]
         return [
             to_pseudo_labels(d[row], w[row].to(d.scores.dtype), torch.ones_like(row).bool())

@@ -192,7 +192,7 @@ class TeacherStudent(nn.Module):
         features = self.teacher.features(batch)
         candidates = self.teacher.candidates(features, batch, self.rescore)
         step.detections = self.teacher.suppress(candidates, batch)
-        if self.methods:  # otherwise only memory that the student needs
+        if self.methods:  # without any it would only be memory that the student needs
             step.teacher_features, step.candidates = features, candidates
 
     @torch.no_grad()

@@ -424,7 +424,7 @@ def test_pool_by_hand():
 
 def test_the_farthest_box_keeps_some_weight():
     """A box of weight 0 would be sampled last, as one without a loss."""
-    image = _of_scores([0.99] * 50 + [0.5])
+    image = _of_scores([0.99] * 500 + [0.5])
     (kept,) = _filter(pool_floor=0.0, alignment="none")([image])
     assert kept.weights.dtype == image.scores.dtype
     assert 0 < kept.weights.float().min() < 1e-30

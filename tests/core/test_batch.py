@@ -137,9 +137,9 @@ def test_pinning_reaches_lists_and_nested_containers(monkeypatch):
 
 
 def _views(count, with_targets):
-    weak, strong = torch.rand(2, count, 3, 2, 2).unbind()
+    weak, strong, second = torch.rand(3, count, 3, 2, 2).unbind()
     targets = [_targets(row) for row in range(count)] if with_targets else None
-    return Views(list(weak), list(strong), targets, list(range(count)))
+    return Views(list(weak), list(strong), targets, list(range(count)), list(second))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -151,7 +151,7 @@ def test_splitting_keeps_order_and_targets(parts):
     ] * parts
     for stream in ("labeled", "unlabeled"):
         whole, views = getattr(batch, stream), [getattr(part, stream) for part in split]
-        for name in ("weak", "strong", "image_ids"):
+        for name in ("weak", "strong", "image_ids", "second_strong"):
             joined = [item for view in views for item in getattr(view, name)]
             assert all(a is b for a, b in zip(joined, getattr(whole, name), strict=True))
     joined = [target for part in split for target in part.labeled.targets]
@@ -160,14 +160,15 @@ def test_splitting_keeps_order_and_targets(parts):
     assert not any(part.failed or part.file_names for part in split)
 
 
-@pytest.mark.parametrize("absent", ["weak", "strong"])
+@pytest.mark.parametrize("absent", ["weak", "strong", "second_strong"])
 def test_splitting_copes_with_a_view_that_is_not_learned(absent):
     labeled = _views(4, True)
     setattr(labeled, absent, [])
     assert len(labeled) == 4
     for part in TwoStreamBatch(labeled, None, []).split(2):
-        views = {name: len(getattr(part.labeled, name)) for name in ("weak", "strong")}
-        assert views == {"weak": 2, "strong": 2} | {absent: 0}
+        names = ("weak", "strong", "second_strong")
+        views = {name: len(getattr(part.labeled, name)) for name in names}
+        assert views == dict.fromkeys(names, 2) | {absent: 0}
         assert (len(part.labeled), len(part.labeled.targets), part.unlabeled) == (2, 2, None)
 
 

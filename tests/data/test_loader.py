@@ -111,7 +111,8 @@ def test_workers_and_resuming_change_nothing(make_dataset):
 
 def _num_bytes(views):
     """Bytes of the storages behind the views of a batch, which is what a worker sends."""
-    storages = [view.untyped_storage() for view in views.weak + views.strong]
+    sent = views.weak + views.strong + views.second_strong
+    storages = [view.untyped_storage() for view in sent]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
@@ -127,6 +128,43 @@ def test_a_view_that_is_not_learned_is_not_sent(make_dataset, num_workers):
         assert _flat(batch.labeled.weak) == _flat(expected.labeled.weak)
         assert _flat(batch.labeled.targets) == _flat(expected.labeled.targets)
         assert _flat(batch.unlabeled) == _flat(expected.unlabeled)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_second_strong_view_changes_nothing_else(make_dataset, num_workers):
+    labeled, unlabeled = make_dataset("labeled"), make_dataset("unlabeled")
+    open(unlabeled.file_names[2], "wb").close()  # a replacement is drawn as well
+    plain = _batches(labeled, unlabeled)
+    run = partial(_batches, labeled, unlabeled, second_strong=True)
+    batches = run(num_workers=num_workers)
+    assert [_flat(batch) for batch in run(start_iter=2)] == [_flat(b) for b in batches[2:]]
+    found = set()
+    for batch, expected in zip(batches, plain, strict=True):
+        views = batch.unlabeled
+        assert expected.unlabeled.second_strong == batch.labeled.second_strong == []
+        assert len(views.second_strong) == 4
+        assert _num_bytes(views) == 3 * sum(view.numel() for view in views.weak)
+        for weak, strong, second in zip(views.weak, views.strong, views.second_strong, strict=True):
+            assert second.shape == weak.shape and second.dtype == torch.uint8
+            assert not torch.equal(second, strong)
+            found.add(second.numpy().tobytes())
+        views.second_strong = []
+        assert _flat(batch) == _flat(expected)
+    assert len(found) == 24  # each of them drawn anew
+
+
+def test_a_second_strong_view_is_drawn_from_numbers_of_its_own(make_dataset):
+    # With nothing else to draw, the same numbers would give the same view.
+    keys = {"min_sizes": (26,), "flip": False, "second_strong": True}
+    for batch in _batches(make_dataset("labeled"), make_dataset("unlabeled"), **keys):
+        for pair in zip(batch.unlabeled.strong, batch.unlabeled.second_strong, strict=True):
+            assert not torch.equal(*pair)
+
+
+def test_a_second_strong_view_is_one_of_the_same_pixels(make_dataset, monkeypatch):
+    monkeypatch.setattr("ssod.data.views.strong_augment", lambda image, rng: image)
+    for batch in _batches(make_dataset("labeled"), make_dataset("unlabeled"), second_strong=True):
+        assert _flat(batch.unlabeled.second_strong) == _flat(batch.unlabeled.weak)
 
 
 def test_a_sample_looks_different_in_every_epoch_and_stream(make_dataset):

@@ -144,19 +144,21 @@ class ImageBatch(TensorFields):
 @dataclass
 class Views(TensorFields):
     """
-    A batch of images in two augmentations of the same geometry.
+    A batch of images in augmentations of the same geometry.
 
     Attributes:
         weak: N uint8 RGB (3, h, w) tensors: resized and maybe flipped. Empty if not learned.
         strong: the same pixels after the photometric recipe, so boxes hold for both. Likewise.
         targets: (M_i,) ground truth in pixels of the views, None for unlabeled images.
         image_ids: where each image came from, for messages and pictures.
+        second_strong: like `strong`, drawn independently. Empty unless a method asks for it.
     """
 
     weak: list[Tensor]
     strong: list[Tensor]
     targets: list[Targets] | None
     image_ids: list[int | str]
+    second_strong: list[Tensor] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -164,7 +166,8 @@ class Views(TensorFields):
     def __getitem__(self, index: slice) -> Views:
         """Select images by a slice, maybe none."""
         targets = None if self.targets is None else self.targets[index]
-        return Views(self.weak[index], self.strong[index], targets, self.image_ids[index])
+        views = (self.weak[index], self.strong[index], targets, self.image_ids[index])
+        return Views(*views, self.second_strong[index])
 
     def split(self, parts: int) -> list[Views]:
         """Divide the images into equal parts, in order; ValueError if that is not possible."""

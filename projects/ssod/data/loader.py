@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ def build_two_stream_loader(
     num_workers: int,
     pin_memory: bool = False,
     labeled_strong: bool = True,
+    second_strong: bool = False,
     **sampling: int,
 ) -> DataLoader:
     """
@@ -42,7 +44,8 @@ def build_two_stream_loader(
     Before `burn_in_iters` no unlabeled image is decoded and `unlabeled` of the batches is None.
     Labeled images without boxes are used, with M = 0 targets. For the arguments see `make_views`,
     and for those in `sampling` `TwoStreamSampler`. Without `labeled_strong` the strong views of
-    labeled images are neither made nor sent, and their list is empty.
+    labeled images are neither made nor sent, and their list is empty. With `second_strong`
+    unlabeled images have another strong view, which changes no other draw.
 
     Raises:
         InputError: for batch sizes that do not fit `world_size` and empty sets. While iterating:
@@ -59,6 +62,7 @@ def build_two_stream_loader(
         max_size=max_size,
         flip=flip,
         labeled_strong=labeled_strong,
+        second_strong=second_strong,
     )
     return BatchLoader(
         dataset,
@@ -184,13 +188,18 @@ def _collate(samples: list[TrainingSample], num_classes: int) -> TwoStreamBatch:
 
 
 def _make_batch(samples: list[TrainingSample], targets: list[Targets] | None) -> Views:
-    views = [sample.weak for sample in samples]
-    views += [sample.strong for sample in samples if sample.strong is not None]
+    lists = [
+        [sample.weak for sample in samples],
+        [sample.strong for sample in samples if sample.strong is not None],
+        [sample.second_strong for sample in samples if sample.second_strong is not None],
+    ]
+    views = list(chain(*lists))
     storage = torch.cat([view.flatten() for view in views])
     parts = storage.split([view.numel() for view in views])
-    views = [part.view(view.shape) for part, view in zip(parts, views, strict=True)]
-    count = len(samples)
-    return Views(views[:count], views[count:], targets, [sample.image_id for sample in samples])
+    stored = iter([part.view(view.shape) for part, view in zip(parts, views, strict=True)])
+    weak, strong, second_strong = (list(islice(stored, len(views))) for views in lists)
+    image_ids = [sample.image_id for sample in samples]
+    return Views(weak, strong, targets, image_ids, second_strong)
 
 
 class _BatchDataset(Dataset):

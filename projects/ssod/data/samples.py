@@ -18,17 +18,19 @@ from torch.utils.data import Dataset
 from ssod.data.images import read_image
 from ssod.data.records import DetectionDataset, ImageRecord
 from ssod.data.sampler import LABELED, SampleKey
-from ssod.data.views import make_test_view, make_views
+from ssod.data.views import make_test_view, make_views, strong_view
 from ssod.errors import InputError
 
 _MAX_TRIES = 5  # images tried in the place of one
-_REPLACEMENT = 3  # last word of the seed that replacements are drawn with; see the sampler
+# Last words of the seeds that replacements and second strong views are drawn with, so that other
+# draws are what they were; see the sampler.
+_REPLACEMENT, _SECOND_STRONG = 3, 4
 
 
 @dataclass
 class TrainingSample:
     """
-    One image in two views.
+    One image in its views.
 
     Attributes:
         stream: LABELED or UNLABELED.
@@ -39,6 +41,7 @@ class TrainingSample:
         image_id: of the image used.
         file_name: the same.
         failed: files that could not be decoded before one could.
+        second_strong: like `strong`, drawn independently; None unless it is wanted.
     """
 
     stream: int
@@ -49,14 +52,15 @@ class TrainingSample:
     image_id: int | str
     file_name: str
     failed: list[str]
+    second_strong: Tensor | None = None
 
 
 class TwoStreamDataset(Dataset):
     """
     Maps the keys of `TwoStreamSampler` to training samples.
 
-    A file that cannot be decoded is replaced by another image of its set, drawn from the key. For
-    `view_args` see `make_views`.
+    A file that cannot be decoded is replaced by another image of its set, drawn from the key. With
+    `second_strong` unlabeled images have a second strong view. For `view_args` see `make_views`.
     """
 
     def __init__(
@@ -66,9 +70,11 @@ class TwoStreamDataset(Dataset):
         *,
         seed: int,
         labeled_strong: bool,
+        second_strong: bool = False,
         **view_args: Any,
     ):
         self._labeled_strong = labeled_strong
+        self._second_strong = second_strong
         self._datasets = (labeled, unlabeled)
         self._seed = seed
         self._view_args = view_args
@@ -106,9 +112,13 @@ class TwoStreamDataset(Dataset):
             with_strong=stream != LABELED or self._labeled_strong,
             **self._view_args,
         )
+        second = None
+        if stream != LABELED and self._second_strong:
+            rng = np.random.default_rng((self._seed, stream, n, _SECOND_STRONG))
+            second = strong_view(weak, rng)
         classes = torch.from_numpy(record.classes)
         source = (record.image_id, record.file_name)
-        return TrainingSample(stream, weak, strong, boxes, classes, *source, failed)
+        return TrainingSample(stream, weak, strong, boxes, classes, *source, failed, second)
 
 
 @dataclass

@@ -69,6 +69,11 @@ def make_views(
     return _to_tensor(weak), strong, map_boxes(torch.from_numpy(boxes), matrix)
 
 
+def strong_view(weak: Tensor, rng: np.random.Generator) -> Tensor:
+    """Return another strong view of the (3, h, w) uint8 pixels of a weak one."""
+    return _to_tensor(strong_augment(weak.permute(1, 2, 0).numpy(), rng))
+
+
 def make_test_view(image: np.ndarray, min_size: int, max_size: int) -> tuple[Tensor, Tensor]:
     """
     Resize an image (H, W, 3) uint8 RGB for testing.

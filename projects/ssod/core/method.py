@@ -80,7 +80,8 @@ class Method(nn.Module):
     Base class: every hook does nothing; a method overrides those it needs.
 
     State that changes in training lives in buffers and parameters. Parameters are trained with the
-    student's, and have gradients of 0 in iterations that do not use them.
+    student's, and have gradients of 0 in iterations that do not use them, which do not count as
+    steps of the optimizer.
 
     Attributes:
         group: of its keys, below `SSOD`.

@@ -171,9 +171,7 @@ class TeacherStudent(nn.Module):
         Make the teacher a copy of the student if the burn-in is over and it is not one yet.
 
         Returns:
-            Whether it started. What an optimizer keeps of the methods' parameters is of gradients
-            of zero then, and to be zeroed: Adam has counted them as steps with a variance of 0,
-            and would take steps that are too large for as long as it remembers.
+            Whether it started.
         """
         # Also true when a run is resumed with a burn-in that was shortened to before its iteration.
         if self.teacher_started or self.iteration < self.burn_in_iters:

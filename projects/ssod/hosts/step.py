@@ -78,7 +78,7 @@ class TrainingStep:
 
     def prepare(self) -> None:
         """Start the teacher and make a sweep, if they are due; call it before each iteration."""
-        self._start_teacher_if_due()
+        self.model.start_teacher_if_due()
         sweep_if_due(self.model, self._data, self._cfg, self._device)
 
     def __call__(self, batch: TwoStreamBatch) -> None:
@@ -98,14 +98,7 @@ class TrainingStep:
             self._backward(part, len(parts), is_last=index == len(parts) - 1)
         self._update()
         self.model.after_step()
-        self._start_teacher_if_due()  # what is saved or evaluated next has it
-
-    def _start_teacher_if_due(self) -> None:
-        if self.model.start_teacher_if_due():
-            for parameter in self.model.methods.parameters():
-                for value in self.optimizer.state.get(parameter, {}).values():
-                    if isinstance(value, Tensor):
-                        value.zero_()
+        self.model.start_teacher_if_due()  # what is saved or evaluated next has it
 
     def _backward(self, part: TwoStreamBatch, num_parts: int, is_last: bool) -> None:
         is_parallel = isinstance(self._forward, DistributedDataParallel)
@@ -128,6 +121,11 @@ class TrainingStep:
             raise InputError(_diverged(self.model.iteration, reason, names)) from error
 
     def _update(self) -> None:
+        if not self.model.uses_unlabeled:
+            # Nothing was learned there. With gradients of zero, which several processes need to
+            # agree, weight decay would shrink them, and Adam count steps with a variance of 0.
+            for parameter in self.model.methods.parameters():
+                parameter.grad = None
         self.grad_scaler.unscale_(self.optimizer)
         norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         if self._clip is not None:

@@ -32,12 +32,12 @@ LSM = ("SSOD.LSM.ENABLED", True, "SSOD.FILTER.UNDECIDED_THRESH", 0.05)
 NO_BOX = "a rank without a box"
 GIVEN = dict.fromkeys(("given boxes", NO_BOX), ("SSOD.FILTER.NAME", "GivenBoxes", *LSM))
 # What a teacher finds differs by rounding with the size of its batch, and with that now and then
-# which anchors match it; given boxes have no such noise.
+# which anchors match it; given boxes have no such noise. Nor do they remember other passes.
 ALL = GIVEN | {
     name: case.overrides
     + (
         ("SSOD.FILTER.NAME", "GivenBoxes")
-        if case.methods and case.filter == "FixedThreshold"
+        if case.methods and (case.filter == "FixedThreshold" or case.is_local)
         else ()
     )
     for name, case in CASES.items()
@@ -90,12 +90,19 @@ def write_data(shapes, folder):
 
 
 def train_all(shapes, keys, output, cases):
-    """Train once for each case, in processes that are started once; rank 0 writes."""
+    """
+    Train once for each case, in processes that are started once; rank 0 writes.
+
+    Where the images of a pass are compared with each other, one process makes a pass of what each
+    of two has in one.
+    """
     torch.set_num_threads(1)
     for name, parts in cases:
         folder = output / f"{name}, {parts}, {comm.get_world_size()}"
         GivenBoxes.only_first = name == NO_BOX
-        overrides = (*KEYS, *keys, *ALL[name], "SSOD.ACCUMULATE_STEPS", parts)
+        is_local = name in CASES and CASES[name].is_local
+        passes = parts * (2 // comm.get_world_size() if is_local else 1)
+        overrides = (*KEYS, *keys, *ALL[name], "SSOD.ACCUMULATE_STEPS", passes)
         with contextlib.redirect_stdout(io.StringIO()):
             Run(tiny_config(shapes, folder, *overrides)).train()
     leave_process_group()

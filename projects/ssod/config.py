@@ -92,7 +92,8 @@ def add_ssod_config(cfg: CfgNode) -> None:
     # FixedThreshold: probability above which a detection is learned (Unbiased Teacher).
     ssod.FILTER.SCORE_THRESH = 0.7
     # FixedThreshold: probability above which a detection is undecided, at most SCORE_THRESH, for
-    # methods that learn such boxes: LSM (its alpha) and LABEL_MATCH. Without them it is not used.
+    # methods that learn such boxes: LSM (its alpha), LABEL_MATCH and CONTRASTIVE. Without them it
+    # is not used.
     # The other filters have bounds of their own: ACT's lower thresholds, SoftMatch's POOL_FLOOR.
     ssod.FILTER.UNDECIDED_THRESH = 0.5
     _add_adaptive_threshold(ssod.FILTER)
@@ -102,6 +103,8 @@ def add_ssod_config(cfg: CfgNode) -> None:
     _add_low_resolution(ssod.LSM)
     ssod.LABEL_MATCH = type(cfg)()
     _add_label_match(ssod.LABEL_MATCH)
+    ssod.CONTRASTIVE = type(cfg)()
+    _add_contrastive(ssod.CONTRASTIVE)
 
     ssod.DATA = type(cfg)()
     data = ssod.DATA
@@ -196,6 +199,22 @@ def _add_label_match(group: CfgNode) -> None:
     # "student"'s, sampled for the losses (LabelMatch's code), or its own proposals, "teacher"
     # (paper). "none": of no box.
     group.MINING = "student"
+
+
+def _add_contrastive(group: CfgNode) -> None:
+    # Class-aware contrastive learning of pseudo-boxes (CCSSL).
+    group.ENABLED = False
+    # Factor on the loss, within UNSUP_LOSS_WEIGHT (ours; CCSSL: 1 or 2 on images, of which it
+    # compares several hundred where there are some tens of boxes).
+    group.WEIGHT = 0.5
+    # Iterations after the burn-in over which the weight rises linearly (ours); 0: none.
+    group.RAMP_ITERS = 2000
+    # Score that both boxes of a pair of one class need to be pulled together, in [0, 1] (CCSSL on
+    # Semi-iNat, whose labels are as noisy). Others are told from everything but themselves.
+    group.PUSH_THRESH = 0.9
+    # Second view of a box: the "teacher"'s, of the weak view, or the "student"'s of a second strong
+    # one (CCSSL), which costs another forward pass.
+    group.VIEWS = "teacher"
 
 
 def add_detectron2_config(cfg: CfgNode) -> None:

@@ -15,6 +15,8 @@ class Case:
         losses: of the methods, which are above 0 when there is something to learn.
         off: keys with which the methods run, but add nothing.
         trains: whether the methods have parameters.
+        is_local: whether what is learned of an image depends on the others of its pass and process.
+            Processes stand in for passes then, not for a larger batch.
     """
 
     filter: str = "FixedThreshold"
@@ -23,6 +25,7 @@ class Case:
     losses: tuple = ()
     off: tuple = ()
     trains: bool = False
+    is_local: bool = False
 
     @property
     def overrides(self):
@@ -51,6 +54,15 @@ LABEL_MATCH = {
 }
 # More images than the other rows, or none of ACT's boxes is between the thresholds.
 ACT = ("SSOD.FILTER.QUEUE_IMAGES", 64, "SSOD.DATA.UNLABELED_PER_BATCH", 4)
+# An untrained detector's scores are near one in seven.
+CONTRASTIVE = {
+    "methods": ("CONTRASTIVE",),
+    "losses": ("loss_contrast_unsup",),
+    "off": ("SSOD.CONTRASTIVE.WEIGHT", 0),
+    "trains": True,
+    "is_local": True,
+}
+PAIRS = ("SSOD.CONTRASTIVE.PUSH_THRESH", 0.1, "SSOD.CONTRASTIVE.RAMP_ITERS", 2)
 CASES = {
     "fixed": Case(),
     "ACT": Case("AdaptiveClassThreshold", ("SSOD.FILTER.QUEUE_IMAGES", 64)),
@@ -87,5 +99,18 @@ CASES = {
         # The main branch calls undecided boxes background without LabelMatch, so none.
         off=(*LABEL_MATCH["off"], *LSM["off"], "SSOD.FILTER.UNDECIDED_THRESH", 0.9),
         trains=True,
+    ),
+    "CCSSL": Case(keys=(*UNDECIDED, *PAIRS), **CONTRASTIVE),
+    "CCSSL, second strong view": Case(
+        "SoftMatchWeighting", (*SOFT, *PAIRS, "SSOD.CONTRASTIVE.VIEWS", "student"), **CONTRASTIVE
+    ),
+    "CCSSL, LabelMatch, LSM": Case(
+        "AdaptiveClassThreshold",
+        (*ACT, *PAIRS),
+        methods=("CONTRASTIVE", "LABEL_MATCH", "LSM"),
+        losses=(*CONTRASTIVE["losses"], *LABEL_MATCH["losses"], *LSM["losses"]),
+        off=(*CONTRASTIVE["off"], *LABEL_MATCH["off"], *LSM["off"]),
+        trains=True,
+        is_local=True,
     ),
 }

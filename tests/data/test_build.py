@@ -103,6 +103,19 @@ def test_boxes_of_unlabeled_images_change_no_batch(tmp_path, shapes):
         assert not differences(asdict(one), asdict(other))
 
 
+@pytest.mark.parametrize(
+    ("is_enabled", "views", "count"),
+    [(True, "student", 2), (True, "teacher", 0), (False, "student", 0)],
+)
+def test_unlabeled_images_have_a_second_strong_view_if_it_is_learned(
+    tmp_path, shapes, is_enabled, views, count
+):
+    keys = ("SSOD.CONTRASTIVE.ENABLED", is_enabled, "SSOD.CONTRASTIVE.VIEWS", views)
+    cfg = tiny_config(shapes, tmp_path, *keys)
+    for batch in build_train_loader(cfg, load_run_data(cfg), BURN_IN_ITERS):
+        assert len(batch.unlabeled.second_strong) == count
+
+
 def test_hidden_truth_of_a_split_is_what_its_labels_were(load):
     whole = load().labeled
     data = load(*NO_UNLABELED, "SSOD.DATA.PERCENT", 50)

@@ -1,5 +1,19 @@
 """The algorithms on plain tensors. Importing it registers all filters and methods."""
 
-from ssod.core import adaptive_threshold, filters, label_match, low_resolution, soft_match
+from ssod.core import (
+    adaptive_threshold,
+    contrastive,
+    filters,
+    label_match,
+    low_resolution,
+    soft_match,
+)
 
-__all__ = ["adaptive_threshold", "filters", "label_match", "low_resolution", "soft_match"]
+__all__ = [
+    "adaptive_threshold",
+    "contrastive",
+    "filters",
+    "label_match",
+    "low_resolution",
+    "soft_match",
+]

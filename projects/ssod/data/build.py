@@ -291,4 +291,5 @@ def build_train_loader(
         world_size=world_size,
         pin_memory=pin_memory,
         labeled_strong=cfg.SSOD.LABELED_VIEWS != "weak",
+        second_strong=cfg.SSOD.CONTRASTIVE.ENABLED and cfg.SSOD.CONTRASTIVE.VIEWS == "student",
     )

@@ -117,3 +117,42 @@ class WeightAlarm:
                 found,
             )
         self._since, self._num, self._weight = None, 0.0, 0.0
+
+
+class CollapseAlarm:
+    """
+    Warns once when embeddings of different classes have pointed in one direction for long.
+
+    A contrast that pulls everything together, as it can where nearly all pseudo-boxes are of one
+    class, teaches nothing.
+    """
+
+    HIGH = 0.9  # mean cosine
+    PATIENCE = 500  # iterations
+
+    def __init__(self) -> None:
+        """Start; nothing is known yet."""
+        self._since: int | None = None
+        self._cosines: list[float] = []
+        self._warned = False
+
+    def update(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Look at what `MetricWindow.read` returns; without the method that says nothing."""
+        name = "pseudo/contrast_other_class_cosine"
+        if name not in metrics or self._warned:
+            return
+        self._since = iteration if self._since is None else self._since
+        self._cosines += [metrics[name]] if metrics[name] else []  # 0: there was no pair
+        if iteration - self._since < self.PATIENCE:
+            return
+        mean = sum(self._cosines) / max(len(self._cosines), 1)
+        if mean > self.HIGH:
+            self._warned = True
+            logger.warning(
+                "iteration %d: for %d iterations embeddings of different classes had a mean cosine "
+                "of %.2f; lower SSOD.CONTRASTIVE.WEIGHT, or raise SSOD.CONTRASTIVE.PUSH_THRESH",
+                iteration,
+                iteration - self._since,
+                mean,
+            )
+        self._since, self._cosines = None, []

@@ -64,6 +64,7 @@ def _schedule(cfg):
         "warm-up": solver.WARMUP_ITERS,
         "burn-in": ssod.BURN_IN_ITERS,
         "refresh": ssod.FILTER.REFRESH_PERIOD,
+        "ramp": ssod.CONTRASTIVE.RAMP_ITERS,
     }
 
 
@@ -86,6 +87,7 @@ def test_all_that_depends_on_the_batch_is_scaled(cfg):
         "warm-up": 500,
         "burn-in": 1000,
         "refresh": 500,
+        "ramp": 1000,
     }
     # The share of the teacher that is left after as many images is the same.
     assert scaled.SSOD.EMA_DECAY == pytest.approx(0.9996**2)

@@ -61,6 +61,12 @@ VALUES = {
         "NORMALIZER": ("matched", lambda m: m.normalizer),
         "MINING": ("teacher", lambda m: m.mining),
     },
+    "CONTRASTIVE": {
+        "WEIGHT": (0.25, lambda m: m.weight),
+        "RAMP_ITERS": (7, lambda m: m.ramp_iters),
+        "PUSH_THRESH": (0.25, lambda m: m.push_thresh),
+        "VIEWS": ("student", lambda m: m.views),
+    },
 }
 
 
@@ -149,7 +155,7 @@ def test_a_decay_out_of_range_is_refused_as_it_was_set(decay):
         _filter("SoftMatchWeighting", *overrides)
 
 
-@pytest.mark.parametrize("group", [None, "LSM", "LABEL_MATCH"])
+@pytest.mark.parametrize("group", [None, "LSM", "LABEL_MATCH", "CONTRASTIVE"])
 def test_boxes_are_undecided_only_for_methods_that_learn_them(group):
     overrides = ("SSOD.FILTER.UNDECIDED_THRESH", 0.25)
     labels = _filter(
@@ -202,6 +208,21 @@ def test_methods_are_those_that_are_enabled():
 def test_bad_values_of_label_match_are_one_line(key, value, message):
     cfg = _config("SSOD.LABEL_MATCH.ENABLED", True, f"SSOD.LABEL_MATCH.{key}", value)
     with pytest.raises(InputError, match=f"^SSOD.LABEL_MATCH.{key} {message}$"):
+        build_methods(cfg, FakeDetector())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("WEIGHT", -1.0, "must be at least 0, got -1.0"),
+        ("RAMP_ITERS", -1, "must be at least 0, got -1"),
+        ("PUSH_THRESH", 1.5, r"must be in \[0, 1\], got 1.5"),
+        ("VIEWS", "weak", r"must be one of \('teacher', 'student'\), got 'weak'"),
+    ],
+)
+def test_bad_values_of_the_contrast_are_one_line(key, value, message):
+    cfg = _config("SSOD.CONTRASTIVE.ENABLED", True, f"SSOD.CONTRASTIVE.{key}", value)
+    with pytest.raises(InputError, match=f"^SSOD.CONTRASTIVE.{key} {message}$"):
         build_methods(cfg, FakeDetector())
 
 

@@ -6,7 +6,7 @@ import torch
 from ssod.core.structures import PseudoLabels
 from ssod.hosts import monitor
 from ssod.hosts.metric_window import MetricWindow
-from ssod.hosts.monitor import WeightAlarm, monitor_pseudo_labels
+from ssod.hosts.monitor import CollapseAlarm, WeightAlarm, monitor_pseudo_labels
 from ssod.hosts.torchvision.run import Run
 from tiny_run import BURN_IN_ITERS, tiny_config
 
@@ -127,3 +127,45 @@ def test_nothing_is_measured_until_there_are_thresholds(shapes, tmp_path):
     model.iteration = BURN_IN_ITERS
     model.start_teacher_if_due()
     assert monitor_pseudo_labels(model, images, trainer.cfg, trainer.device) == {}
+
+
+def _collapse_warnings(caplog, cosines):
+    alarm = CollapseAlarm()
+    with caplog.at_level(logging.WARNING):
+        for index, cosine in enumerate(cosines):
+            found = {} if cosine is None else {"pseudo/contrast_other_class_cosine": cosine}
+            alarm.update(20 * index, found)
+    return caplog.messages
+
+
+@pytest.mark.parametrize(
+    "cosines",
+    [
+        [0.95] * 100,
+        [None] * 50 + [0.99, 0.89] * 50,
+        [0.0, 0.0, 0.95] * 50,
+        [0.3] * 50 + [0.95] * 50,
+    ],
+    ids=["always", "with noise, after the burn-in", "rarely a pair", "later"],
+)
+def test_embeddings_that_are_all_alike_for_long_are_told_once(caplog, cosines):
+    (message,) = _collapse_warnings(caplog, cosines)
+    assert "different classes had a mean cosine of 0.9" in message
+
+
+@pytest.mark.parametrize(
+    "cosines",
+    [[0.8] * 100, [0.95] * 20 + [0.2] * 60, [None] * 100, [0.0] * 100],
+    ids=["apart", "not for long", "no contrast", "no pair"],
+)
+def test_embeddings_that_are_apart_are_not_told(caplog, cosines):
+    assert _collapse_warnings(caplog, cosines) == []
+
+
+def test_a_run_that_collapses_warns(shapes, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(CollapseAlarm, "PATIENCE", 1)
+    monkeypatch.setattr(CollapseAlarm, "HIGH", -2.0)
+    keys = ("SSOD.CONTRASTIVE.ENABLED", True, "SSOD.FILTER.UNDECIDED_THRESH", 0.05)
+    keys += ("SSOD.LOG_PERIOD", 1, "SSOD.DATA.VAL_JSON", "")
+    Run(tiny_config(shapes, tmp_path, *keys)).train()
+    assert sum("different classes" in message for message in caplog.messages) == 1

@@ -245,6 +245,32 @@ def test_first_momentum_is_kept_without_a_burn_in(host, tmp_path):
         assert buffer.any()
 
 
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_a_burn_in_does_not_decay_what_methods_will_learn(host, tmp_path, optimizer):
+    """A head of its own random weights, which no start replaces, also if a run is resumed."""
+    keys = ("SSOD.CONTRASTIVE.ENABLED", True, "SSOD.OPTIMIZER", optimizer)
+    keys += (
+        "SOLVER.WEIGHT_DECAY",
+        0.5,
+        "SSOD.BURN_IN_ITERS",
+        4,
+        "SSOD.FILTER.UNDECIDED_THRESH",
+        0.05,
+    )
+    run = host.open(tmp_path, *keys, *_until(2))
+    before = {n: p.detach().clone() for n, p in run.model.methods.named_parameters()}
+    weight = run.model.student.classifier.weight
+    classifier = weight.detach().clone()
+    run.train()
+    assert not torch.equal(weight, classifier)
+    run = host.train(tmp_path, *keys, *_until(4))
+    assert run.model.teacher_started
+    assert differences(dict(run.model.methods.named_parameters()), before) == []
+    run = host.train(tmp_path, *keys, *_until(5))
+    after = dict(run.model.methods.named_parameters())
+    assert len(before) == len(differences(after, before)) == 4
+
+
 def test_checkpoint_past_the_end_is_evaluated_not_trained(host, tmp_path):
     host.train(tmp_path, *_until(3))
     before = host.read(tmp_path)["model"]

@@ -1,5 +1,6 @@
 import json
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,48 @@ def test_annotations_match_the_masks(small_set, name, split):
             assert (x, y) == (columns.min(), rows.min())
             assert (x + width - 1, y + height - 1) == (columns.max(), rows.max())
             assert annotation["area"] == len(rows)
+
+
+def test_foreign_objects_are_all_that_max_foreign_adds(tmp_path, small_set):
+    spec = replace(SMALL, num_unlabeled=20, max_foreign=3)
+    write_shapes(tmp_path / "foreign", spec)
+    write_shapes(tmp_path / "none", replace(spec, max_foreign=0))
+    foreign, none = _files(tmp_path / "foreign"), _files(tmp_path / "none")
+    changed = {path.name for path in foreign if foreign[path] != none[path]}
+    scenes = [shapes_scene(spec, "unlabeled", index) for index in range(20)]
+    with_foreign = {f"unlabeled_{i + 1:06d}.jpg" for i in range(20) if len(scenes[i].foreign)}
+    assert 0 < len(with_foreign) < 20
+    assert changed == with_foreign | {MANIFEST, "unlabeled_truth.json"}
+    # They hide parts of others, and nothing else in the truth changes.
+    after, before = (_load(tmp_path / n, "unlabeled_truth") for n in ("foreign", "none"))
+    for a, b in zip(after["annotations"], before["annotations"], strict=True):
+        assert {k: a[k] for k in a if k not in ("area", "bbox")}.items() <= b.items()
+        assert 0.5 * b["area"] < a["area"] <= b["area"]
+    assert after["categories"] == before["categories"] == _load(small_set, "val")["categories"]
+
+
+def test_foreign_objects_are_in_unlabeled_images_only():
+    spec = ShapesSpec(max_foreign=4)
+    for split in ("labeled", "val"):
+        for index in range(10):
+            scene, plain = (shapes_scene(s, split, index) for s in (spec, ShapesSpec()))
+            assert not len(scene.foreign) and (scene.image == plain.image).all()
+
+
+def test_foreign_objects_differ_from_what_they_lie_on():
+    spec = ShapesSpec(max_foreign=4)
+    scenes = [shapes_scene(spec, "unlabeled", index) for index in range(40)]
+    counts = [len(scene.foreign) for scene in scenes]
+    assert min(counts) == 0 and max(counts) <= 4 and 1 < np.mean(counts) < 2
+    contrasts = []
+    for index, scene in enumerate(scenes):
+        objects = np.concatenate([scene.masks, scene.foreign])
+        assert objects.sum(0).max() == 1
+        plain = shapes_scene(ShapesSpec(), "unlabeled", index)
+        for mask in scene.foreign:
+            difference = scene.image[mask].astype(int) - plain.image[mask]
+            contrasts.append(np.abs(difference).mean(0).max())
+    assert np.mean(np.array(contrasts) > 20) > 0.9
 
 
 def test_loads_in_pycocotools(small_set, capsys):
@@ -204,7 +247,9 @@ def test_root_that_is_a_file(tmp_path):
         ensure_shapes(tmp_path / "set", SMALL)
 
 
-@pytest.mark.parametrize("name, value", [("num_val", 0), ("image_size", 63), ("seed", -1)])
+@pytest.mark.parametrize(
+    "name, value", [("num_val", 0), ("image_size", 63), ("seed", -1), ("max_foreign", -1)]
+)
 def test_spec_values_are_checked(name, value):
     with pytest.raises(InputError, match=f"{name} of a Shapes set must be at least"):
         ShapesSpec(**{name: value})

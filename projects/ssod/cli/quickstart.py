@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -143,7 +143,7 @@ def run_experiment(config: str, opts: Sequence[str], output: Path, spec: ShapesS
 def _check_spec(output: Path, spec: ShapesSpec) -> None:
     """Refuse to continue runs on other images."""
     written = output / "shapes.json"
-    text = json.dumps(asdict(spec))
+    text = json.dumps(spec.to_dict())
     if written.exists() and written.read_text() != text:
         raise InputError(
             f"{output} holds a quickstart on another Shapes set {written.read_text()}; remove it "

@@ -16,6 +16,7 @@ _HELP = {
     "image_size": "long side in pixels",
     "seed": "sets of different seeds share no image",
     "max_objects": "most objects an image",
+    "max_foreign": "most objects of other classes an unlabeled image: no label or truth has them",
 }
 
 

@@ -39,6 +39,8 @@ class ShapesSpec:
         image_size: long side in pixels; the short side is 70 to 95 % of it.
         seed: images of different seeds have nothing in common.
         max_objects: most objects an image; each image has at least one.
+        max_foreign: most objects of classes that no label has an unlabeled image; 0 to this many
+            of them are in it, and in no file of annotations. The other splits have none.
 
     Raises:
         InputError: if a value is too small.
@@ -50,14 +52,19 @@ class ShapesSpec:
     image_size: int = 160
     seed: int = 0
     max_objects: int = 4
+    max_foreign: int = 0
 
     def __post_init__(self) -> None:
-        smallest = {"image_size": 64, "seed": 0}
+        smallest = {"image_size": 64, "seed": 0, "max_foreign": 0}
         for name, value in asdict(self).items():
             if value < smallest.get(name, 1):
                 raise InputError(
                     f"{name} of a Shapes set must be at least {smallest.get(name, 1)}, got {value}"
                 )
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the fields for a file; without `max_foreign` if 0, as files had it before."""
+        return {k: v for k, v in asdict(self).items() if v or k != "max_foreign"}
 
 
 def ensure_shapes(
@@ -85,8 +92,9 @@ def write_shapes(
 
     `unlabeled.json` lists images without any annotation; their truth is in `unlabeled_truth.json`.
     A box is the extent of an object's visible pixels and `area` counts them. An image depends on
-    the seed, the image size, `max_objects`, its split and its index only: a larger set of the
-    same seed contains the smaller one.
+    the seed, the image size, `max_objects`, `max_foreign`, its split and its index only: a larger
+    set of the same seed contains the smaller one. Foreign objects are all that `max_foreign`
+    adds; where they lie on others these have fewer visible pixels.
 
     Args:
         root: new or empty directory, or one with a Shapes set, which is replaced.
@@ -132,7 +140,8 @@ def shapes_scene(spec: ShapesSpec, split: str, index: int) -> Scene:
         ValueError: if `split` is not one of `SPLITS`.
     """
     rng = np.random.default_rng([spec.seed, SPLITS.index(split), index])
-    return draw_scene(rng, spec.image_size, spec.max_objects)
+    max_foreign = spec.max_foreign if split == "unlabeled" else 0
+    return draw_scene(rng, spec.image_size, spec.max_objects, max_foreign)
 
 
 def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
@@ -166,7 +175,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _manifest(spec: ShapesSpec, complete: bool) -> dict[str, Any]:
-    return {"shapes_version": _VERSION, "spec": asdict(spec), "complete": complete}
+    return {"shapes_version": _VERSION, "spec": spec.to_dict(), "complete": complete}
 
 
 def _read_manifest(root: Path) -> dict[str, Any] | None:

@@ -5,6 +5,8 @@ Textured shapes of six classes with long-tailed frequencies lie on a textured ba
 hiding each other, among dull lines and blobs that belong to no class. Hue is a cheap cue that is
 learned from a few examples: each class has a band of its own. The outline is another, which counts
 once augmentation shifts the hue by more than a band or takes it away.
+
+Foreign objects are other shapes in the same sizes, hues and textures, which no class covers.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring")
+FOREIGN_NAMES = ("arrow", "heart", "crescent", "hourglass")
 
 _CLASS_WEIGHTS = np.geomspace(8, 1, len(CLASS_NAMES))
 _HUE_JITTER = 0.05  # bands are 1/6 apart; augmentation shifts the hue by up to 0.1 more
@@ -33,14 +36,18 @@ class Scene:
         image: (H, W, 3) uint8 RGB.
         masks: (M, H, W) bool, the visible pixels of each object; they do not overlap.
         classes: (M,) int64 index into `CLASS_NAMES`.
+        foreign: (F, H, W) bool, the same as `masks` of the objects that have no class.
     """
 
     image: np.ndarray
     masks: np.ndarray
     classes: np.ndarray
+    foreign: np.ndarray
 
 
-def draw_scene(rng: np.random.Generator, image_size: int, max_objects: int) -> Scene:
+def draw_scene(
+    rng: np.random.Generator, image_size: int, max_objects: int, max_foreign: int = 0
+) -> Scene:
     """
     Draw one image.
 
@@ -48,6 +55,7 @@ def draw_scene(rng: np.random.Generator, image_size: int, max_objects: int) -> S
         rng: the only source of randomness.
         image_size: long side in pixels; the short side is 70 to 95 % of it.
         max_objects: 1 to this many objects are drawn, fewer where there is no room.
+        max_foreign: 0 to this many foreign objects are drawn too; they are all that it changes.
     """
     long, short = image_size, round(image_size * rng.uniform(0.7, 0.95))
     size = (long, short) if rng.random() < 0.5 else (short, long)
@@ -56,28 +64,52 @@ def draw_scene(rng: np.random.Generator, image_size: int, max_objects: int) -> S
         _draw_distractor(rng, canvas)
 
     wanted = rng.integers(1, max_objects + 1)
-    # Large ones first: they need the room, and small ones on top of them stay visible.
-    sides = sorted((_random_side(rng, short) for _ in range(wanted)), reverse=True)
     masks: list[np.ndarray] = []
-    classes: list[int] = []
     whole_areas: list[float] = []
-    for side in sides:
+    classes: list[int] = []
+    for side in _random_sides(rng, wanted, short):
         label = int(rng.choice(len(CLASS_NAMES), p=_CLASS_WEIGHTS / _CLASS_WEIGHTS.sum()))
-        for _ in range(8):
-            coverage = _shape_coverage(rng, label, side, *size)
-            mask = coverage >= 0.5
-            left = [earlier & ~mask for earlier in masks] + [mask]
-            wholes = [*whole_areas, side**2]
-            if all(m.sum() >= _MIN_VISIBLE * a for m, a in zip(left, wholes, strict=True)):
-                hue = label / len(CLASS_NAMES) + rng.uniform(-_HUE_JITTER, _HUE_JITTER)
-                _paint(canvas, coverage, _texture(rng, *size, hue=hue))
-                masks, whole_areas = left, wholes
-                classes.append(label)
-                break
+        if _add_object(rng, canvas, masks, whole_areas, CLASS_NAMES[label], side, label):
+            classes.append(label)
+    if max_foreign:
+        own = rng.spawn(1)[0]  # the noise below stays the same
+        for side in _random_sides(own, own.integers(0, max_foreign + 1), short):
+            name, band = own.choice(FOREIGN_NAMES), own.integers(len(CLASS_NAMES))
+            _add_object(own, canvas, masks, whole_areas, name, side, band)
     noise = rng.standard_normal(canvas.shape, dtype=np.float32)
     canvas += rng.uniform(0, 0.02) * noise  # of the sensor
     image = (canvas.clip(0, 1) * 255).round().astype(np.uint8)
-    return Scene(image, np.stack(masks), np.array(classes))
+    visible = np.stack(masks)
+    return Scene(image, visible[: len(classes)], np.array(classes), visible[len(classes) :])
+
+
+def _add_object(
+    rng: np.random.Generator,
+    canvas: np.ndarray,
+    masks: list[np.ndarray],
+    whole_areas: list[float],
+    name: str,
+    side: float,
+    band: int,
+) -> bool:
+    """Paint an object in a band of hues on top of the others; False if it finds no room."""
+    size = canvas.shape[:2]
+    for _ in range(8):
+        coverage = _shape_coverage(rng, name, side, *size)
+        mask = coverage >= 0.5
+        left = [earlier & ~mask for earlier in masks] + [mask]
+        wholes = [*whole_areas, side**2]
+        if all(m.sum() >= _MIN_VISIBLE * a for m, a in zip(left, wholes, strict=True)):
+            hue = band / len(CLASS_NAMES) + rng.uniform(-_HUE_JITTER, _HUE_JITTER)
+            _paint(canvas, coverage, _texture(rng, *size, hue=hue))
+            masks[:], whole_areas[:] = left, wholes
+            return True
+    return False
+
+
+def _random_sides(rng: np.random.Generator, count: int, short: int) -> list[float]:
+    # Large ones first: they need the room, and small ones on top of them stay visible.
+    return sorted((_random_side(rng, short) for _ in range(count)), reverse=True)
 
 
 def _random_side(rng: np.random.Generator, short: int) -> float:
@@ -89,7 +121,7 @@ def _random_side(rng: np.random.Generator, short: int) -> float:
 
 
 def _unit_outlines() -> dict[str, list[np.ndarray]]:
-    """Polygons (P,) in the complex plane of each class, outer then hole, with an area of 1."""
+    """Polygons (P,) in the complex plane of each shape, outer then hole, with an area of 1."""
 
     def on_circle(points: int, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
         turns = np.exp(2j * np.pi * np.arange(points) / points)
@@ -103,6 +135,10 @@ def _unit_outlines() -> dict[str, list[np.ndarray]]:
         "star": [on_circle(10, (1.0, 0.48))],
         "cross": [np.concatenate([corner * 1j**turn for turn in range(4)])],
         "ring": [on_circle(64), 0.5 * on_circle(64)],
+        "arrow": [np.array([-1 - 0.25j, -0.25j, -0.8j, 1, 0.8j, 0.25j, -1 + 0.25j])],
+        "heart": [_heart()],
+        "crescent": [_crescent()],
+        "hourglass": [np.array([-1 - 0.7j, -0.2j, 1 - 0.7j, 1 + 0.7j, 0.2j, -1 + 0.7j])],
     }
 
     def area(polygon: np.ndarray) -> float:
@@ -114,11 +150,25 @@ def _unit_outlines() -> dict[str, list[np.ndarray]]:
     return outlines
 
 
+def _heart() -> np.ndarray:
+    turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    height = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+    return 16 * np.sin(turn) ** 3 - 1j * (height + 2.5)  # upside down: it runs the right way round
+
+
+def _crescent() -> np.ndarray:
+    tip, center = 0.7, 0.35  # angle of the gap, and center of the inner circle through both tips
+    inner = np.exp(1j * tip) - center
+    outside = np.exp(1j * np.linspace(tip, 2 * np.pi - tip, 48))
+    angles = np.linspace(2 * np.pi - np.angle(inner), np.angle(inner), 32)
+    return np.concatenate([outside, center + np.abs(inner) * np.exp(1j * angles)])
+
+
 _OUTLINES = _unit_outlines()
 
 
 def _shape_coverage(
-    rng: np.random.Generator, label: int, side: float, height: int, width: int
+    rng: np.random.Generator, name: str, side: float, height: int, width: int
 ) -> np.ndarray:
     """(H, W) share of each pixel that a shape of area `side`^2, randomly placed, covers."""
     turn = np.exp(2j * np.pi * rng.random())
@@ -126,7 +176,7 @@ def _shape_coverage(
     margin = min(0.4 * side, 0.45 * min(height, width))
     x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
     drawing = Image.new("L", (width * _SUPERSAMPLE, height * _SUPERSAMPLE))
-    for polygon, fill in zip(_OUTLINES[CLASS_NAMES[label]], (255, 0), strict=False):
+    for polygon, fill in zip(_OUTLINES[name], (255, 0), strict=False):
         polygon = (polygon.real * stretch + 1j * polygon.imag / stretch) * turn * side
         _fill(drawing, polygon + complex(x, y), fill)
     return _shrink(drawing)

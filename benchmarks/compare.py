@@ -5,6 +5,9 @@ All runs of a seed start from the weights of one burn-in, the first config's, as
 which is that config without unlabeled images but with the EMA. The optimizer and the warm-up of the
 learning rate start anew there. Interrupted, it continues. Example:
 python benchmarks/compare.py configs/shapes/mean_teacher.yaml configs/shapes/lsm.yaml
+
+AP head and AP tail are means over a third of the classes: those with the most and with the fewest
+labeled boxes of the seed.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from ssod.cli.shapes import make_shapes
 from ssod.config import merge_config, read_host
 from ssod.data.shapes import ShapesSpec
 from ssod.evaluation.report import format_table
+from ssod.hosts.protocol import FinishedRun
 
 CONTROL = "control"
 RESERVED = (CONTROL, "burn_in", "shapes")  # folders of a seed
@@ -30,10 +34,16 @@ QUALITY = {
     "precision": "pseudo/precision",
     "by weight": "pseudo/weighted_precision",
     "recall": "pseudo/recall",
+    "recall tail": "pseudo/recall_tail",
     "boxes/image": "pseudo/boxes_per_image",
     "KL": "pseudo/class_kl",
 }
-METRICS = ("AP", "AP_S", "AP_M", "AP_L", "AR100")  # Detectron2 does not measure the last one
+METRICS = {
+    **{name: f"teacher/{name}" for name in ("AP", "AP_S", "AP_M", "AP_L")},
+    "AR100": "teacher/AR100",  # Detectron2 does not measure it
+    "AP head": "AP_head",
+    "AP tail": "AP_tail",
+}
 COLUMNS = ("config", *METRICS, "gain in AP", "gain of each seed", *QUALITY)
 
 
@@ -45,13 +55,18 @@ def main() -> None:
     parser.add_argument("--output", default="output/compare", metavar="DIR")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument(
+        "--max-foreign", type=int, default=0, metavar="N", help="as of `ssod shapes`"
+    )
+    parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="for all configs"
     )
     args = parser.parse_args()
     names = [Path(config).stem for config in args.configs]
     if len({*names, *RESERVED}) < len(names) + len(RESERVED):
         parser.error(f"configs need different names, other than {RESERVED}, got {names}")
-    tables = [run_seed(args.configs, Path(args.output), seed, args.opts) for seed in args.seeds]
+    root = Path(args.output)
+    specs = [ShapesSpec(seed=seed, max_foreign=args.max_foreign) for seed in args.seeds]
+    tables = [run_seed(args.configs, root, spec, args.opts) for spec in specs]
     print(format_table(summarize(tables), COLUMNS))
     print("\nprecision / recall of pseudo-labels at each evaluation, mean over seeds")
     for name in (name for name in tables[0] if name != CONTROL):
@@ -60,11 +75,13 @@ def main() -> None:
         print(f"{name:16s}", "   ".join(values))
 
 
-def run_seed(configs: list[str], root: Path, seed: int, opts: list[str]) -> dict[str, dict]:
+def run_seed(configs: list[str], root: Path, spec: ShapesSpec, opts: list[str]) -> dict[str, dict]:
     """Return the results of each config on one seed's images and initial weights."""
+    seed = spec.seed
     output = root / f"seed_{seed}"
-    shapes = output / "shapes"
-    make_shapes(shapes, ShapesSpec(seed=seed))
+    # A folder of its own: runs on other images are then of another config, and are not continued.
+    shapes = output / (f"shapes_foreign_{spec.max_foreign}" if spec.max_foreign else "shapes")
+    make_shapes(shapes, spec)
     host = import_host(read_host(configs[0], opts))
 
     def configure(config: str, run: str, *extra: object) -> CfgNode:
@@ -89,11 +106,20 @@ def run_seed(configs: list[str], root: Path, seed: int, opts: list[str]) -> dict
         finished = host.train(cfg, f"seed {seed}: {name}")
         lines = [line for line in host.read_log(cfg) if "pseudo/precision" in line]
         results[name] = {
-            "results": finished.results,
+            "results": finished.results | head_and_tail(finished),
             "history": [(line["pseudo/precision"], line["pseudo/recall"]) for line in lines],
         }
     (output / "results.json").write_text(json.dumps(results, indent=1))
     return results
+
+
+def head_and_tail(finished: FinishedRun) -> dict[str, float]:
+    """Mean AP of the third of the classes with the most labeled boxes, and with the fewest."""
+    labeled, results = finished.data.labeled, finished.results
+    order = (-labeled.class_counts).argsort(kind="stable")
+    aps = [results[f"teacher/AP-{labeled.class_names[label]}"] for label in order]
+    third = max(len(aps) // 3, 1)
+    return {"AP_head": mean(aps[:third]), "AP_tail": mean(aps[-third:])}
 
 
 def summarize(tables: list[dict[str, dict]]) -> list[dict[str, str]]:
@@ -104,13 +130,13 @@ def summarize(tables: list[dict[str, dict]]) -> list[dict[str, str]]:
         controls = [table[CONTROL]["results"] for table in tables]
         gains = [r["teacher/AP"] - c["teacher/AP"] for r, c in zip(results, controls, strict=True)]
         row = dict.fromkeys(COLUMNS, "") | {"config": name}
-        found = [metric for metric in METRICS if f"teacher/{metric}" in results[0]]
-        row |= {metric: _spread([r[f"teacher/{metric}"] for r in results]) for metric in found}
+        found = {column: key for column, key in METRICS.items() if key in results[0]}
+        row |= {column: _spread([r[key] for r in results]) for column, key in found.items()}
         if name != CONTROL:
             row["gain in AP"] = _spread(gains, sign="+")
             row["gain of each seed"] = ", ".join(f"{gain:+.1f}" for gain in gains)
-            for column, key in QUALITY.items():
-                row[column] = f"{mean(r[key] for r in results):.2f}"
+            found = {column: key for column, key in QUALITY.items() if key in results[0]}
+            row |= {c: f"{mean(r[key] for r in results):.2f}" for c, key in found.items()}
         rows.append(row)
     return rows
 

@@ -386,3 +386,31 @@ def test_samples_of_other_methods_keep_their_weights():
     changed = replace(samples, weights=torch.tensor([0.5, 0.0, 0.25]))
     kept = method.reweight(step, changed, step.student.score_regions(step.features, [BOXES]))
     assert kept.weights.tolist() == [0.5, 0.0, 0.25]
+
+
+@pytest.mark.parametrize("mining", ["student", "none"])
+def test_regions_learn_what_other_methods_make_of_the_teachers_word(mining):
+    """A teacher that is sure of class 0, of which another method makes class 1."""
+    step = _step([_labels([0.0, 0.0])], _exact(_detector(1)))
+    embeddings = []
+
+    def rescore(class_probs, found):
+        embeddings.append(found)
+        return class_probs[:, [1, 0, 2]]
+
+    step.rescore = rescore
+    (loss,) = _run(LabelMatch(mining=mining), step).values()
+    plain = step.teacher.score_regions(step.teacher_features, [BOXES[:2]])
+    assert torch.equal(embeddings[0], plain.embeddings)
+    # The first box is of class 0, the second of class 1, and is mined then.
+    assert step.pseudo_labels[0].reliable.tolist() == [False, mining == "student"]
+    rows = torch.arange(1 if mining == "student" else 2)
+    logits = plain.logits[rows][:, [1, 0, 2]]
+    expected = self_assignment_loss(
+        step.main.regions.logits[rows], logits, torch.ones(len(rows)), 3
+    )
+    torch.testing.assert_close(loss, expected)
+    wrong = self_assignment_loss(
+        step.main.regions.logits[rows], plain.logits[rows], torch.ones(len(rows)), 3
+    )
+    assert not torch.isclose(loss, wrong, rtol=1e-3)

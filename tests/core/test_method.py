@@ -176,6 +176,9 @@ def test_the_record_is_filled_from_top_to_bottom():
     assert len(samples.weights) == len(regions.logits) == 9
 
     (step,) = method.last("losses")
+    assert all(torch.equal(p.boxes, q.boxes[:2]) for p, q in zip(step.learned, labels, strict=True))
+    probs, values = torch.eye(3), torch.zeros(3, 5)
+    assert torch.equal(step.rescore(probs, values), probs.roll(1, 1))
     assert step.main.regions is regions
     assert step.main.losses.keys() == LOSS_NAMES
     assert torch.equal(step.main.samples.weights, samples.weights / 2)

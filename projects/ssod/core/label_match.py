@@ -101,9 +101,9 @@ class LabelMatch(Method):
     main branch does not learn, w being its weight: all of an undecided box (between ACT's two
     thresholds, or two fixed ones), and a part of those that SoftMatch weighs. The student's regions
     that were matched to the box learn what the teacher's box head says of the same regions of the
-    weak view, by its own scores as no method changes them. If the teacher is sure of a box, its
-    regions learn it as an object instead: weight 1, also for coordinates where these are learned,
-    and for methods after this one in the iteration.
+    weak view, rescored by the other methods. If the teacher is sure of a box, its regions learn it
+    as an object instead: weight 1, also for coordinates where these are learned, and for methods
+    after this one in the iteration.
 
     Differs from the published code: with two thresholds a region is of the reliable or of the
     undecided boxes, never of both, and the main branch's losses are divided by all sampled regions.
@@ -158,11 +158,12 @@ class LabelMatch(Method):
         rows = kept_rows([r > 0 for r in rest.split(counts)])
         boxes = [b[row] for b, row in zip(samples.boxes, rows, strict=True)]
         teacher = step.teacher.score_regions(step.teacher_features, boxes)
+        probs = step.rescore(teacher.logits.softmax(1), teacher.embeddings)
         starts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
         flat = torch.cat([row + start for row, start in zip(rows, starts, strict=True)])
         if self.mining != "none":
             if self.mining == "student":
-                found = Candidates(boxes, teacher, teacher.logits.softmax(1))
+                found = Candidates(boxes, teacher, probs)
                 matched = list(samples.matched[flat].split([len(b) for b in boxes]))
             else:
                 assert step.candidates is not None, "the teacher has looked"
@@ -180,7 +181,9 @@ class LabelMatch(Method):
                 weights=samples.weights.masked_fill(is_mined, 1),
                 box_weights=samples.box_weights.masked_fill(is_mined, 1),
             )
-        step.shared["LabelMatch"] = flat, teacher.logits, rest[flat]
+        # Logits of what the other methods make of the probabilities, which may be 0.
+        logits = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
+        step.shared["LabelMatch"] = flat, logits, rest[flat]
         return samples
 
     def losses(self, step: Step) -> dict[str, Tensor]:

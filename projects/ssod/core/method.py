@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
 
-from ssod.core.interfaces import Candidates, Features, LossOutput, RegionDetector
+from ssod.core.interfaces import Candidates, Features, LossOutput, RegionDetector, Rescore
 from ssod.core.structures import (
     Detections,
     ImageBatch,
@@ -51,10 +51,12 @@ class Step:
         detections: the teacher's, in the weak views.
         pseudo_labels: what the filter kept of them, undecided boxes included. A method that decides
             about boxes in this iteration changes them here, for the methods after it as well.
+        learned: those of them that are the main branch's targets, as they were then.
         batch: the strong views, of N images.
         features: the student's, of `batch`.
         main: the main branch's losses of `batch`.
         shared: what a method computes in one hook for another, under names of its own.
+        rescore: all methods' `rescore`, for what the teacher says of other regions.
     """
 
     student: RegionDetector
@@ -69,10 +71,12 @@ class Step:
     candidates: Candidates | None = None
     detections: list[Detections] = field(default_factory=list)
     pseudo_labels: list[PseudoLabels] = field(default_factory=list)
+    learned: list[PseudoLabels] = field(default_factory=list)
     batch: ImageBatch | None = None
     features: Features = field(default_factory=dict)
     main: LossOutput | None = None
     shared: dict[str, Any] = field(default_factory=dict)
+    rescore: Rescore = lambda class_probs, embeddings: class_probs
 
 
 class Method(nn.Module):

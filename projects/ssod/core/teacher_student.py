@@ -136,7 +136,8 @@ class TeacherStudent(nn.Module):
             ValueError: if the iteration needs unlabeled images and the batch has none, or a teacher
                 that has not started.
         """
-        step = Step(self.student, self.teacher, self.iteration - self.burn_in_iters, batch.labeled)
+        since_burn_in = self.iteration - self.burn_in_iters
+        step = Step(self.student, self.teacher, since_burn_in, batch.labeled, rescore=self.rescore)
         losses = self.supervised_losses(step)
         self.metrics = {}
         if self.uses_unlabeled:
@@ -235,6 +236,7 @@ class TeacherStudent(nn.Module):
         if self.pseudo_label_filter.drops_undecided and not keeps_undecided:
             rows = kept_rows([p.reliable for p in learned])
             learned = [p[row] for p, row in zip(learned, rows, strict=True)]
+        step.learned = learned
         step.batch = self.student.preprocess(step.unlabeled.strong)
         step.features = self.student.features(step.batch)
         step.main = self.student.losses(

@@ -105,6 +105,8 @@ def add_ssod_config(cfg: CfgNode) -> None:
     _add_label_match(ssod.LABEL_MATCH)
     ssod.CONTRASTIVE = type(cfg)()
     _add_contrastive(ssod.CONTRASTIVE)
+    ssod.DASO = type(cfg)()
+    _add_daso(ssod.DASO)
 
     ssod.DATA = type(cfg)()
     data = ssod.DATA
@@ -215,6 +217,31 @@ def _add_contrastive(group: CfgNode) -> None:
     # Second view of a box: the "teacher"'s, of the weak view, or the "student"'s of a second strong
     # one (CCSSL), which costs another forward pass.
     group.VIEWS = "teacher"
+
+
+def _add_daso(group: CfgNode) -> None:
+    # Classes of the teacher's boxes blended with their similarity to prototypes of the classes.
+    group.ENABLED = False
+    # Factor on the semantic alignment, within UNSUP_LOSS_WEIGHT (DASO).
+    group.WEIGHT = 1.0
+    # Coefficients of the classes are (count / largest count) ** (1 / T_DIST): a smaller one spares
+    # all but the most frequent (DASO: 0.3 for unknown distributions, 1.5 for the labels').
+    group.T_DIST = 0.3
+    # Temperature of the similarity (DASO).
+    group.T_PROTO = 0.05
+    # Largest coefficient, in [0, 1] (DASO: 1, where similarity alone decides of the most frequent
+    # class). 0: nothing is blended.
+    group.MAX_BLEND = 1.0
+    # Labeled boxes of a class that its prototype is the mean of (DASO). Memory: classes x this x
+    # 4 kB with a box head of 1024 channels, 84 MB for COCO.
+    group.QUEUE_LENGTH = 256
+    # Iterations since the burn-in before it acts (DASO: 2 % of the training).
+    group.DELAY = 1000
+    # Iterations over which pseudo-labels are counted (DASO); more if they have less than 10 boxes a
+    # class.
+    group.WINDOW = 100
+    # Probability from which a detection counts and is aligned (ours: the paper has none).
+    group.POOL_FLOOR = 0.5
 
 
 def add_detectron2_config(cfg: CfgNode) -> None:

@@ -63,6 +63,20 @@ CONTRASTIVE = {
     "is_local": True,
 }
 PAIRS = ("SSOD.CONTRASTIVE.PUSH_THRESH", 0.1, "SSOD.CONTRASTIVE.RAMP_ITERS", 2)
+DASO = {
+    "methods": ("DASO",),
+    "losses": ("loss_align_unsup",),
+    "off": ("SSOD.DASO.WEIGHT", 0, "SSOD.DASO.MAX_BLEND", 0),
+}
+# An iteration of an untrained detector has the 60 boxes that a window needs: it closes, and one is
+# open at each stop of a run.
+COUNTS = (
+    *("SSOD.DASO.DELAY", 0, "SSOD.DASO.WINDOW", 1, "SSOD.DASO.POOL_FLOOR", 0.0),
+    *("SSOD.DASO.T_DIST", 1.5, "SSOD.DASO.T_PROTO", 0.5, "SSOD.DASO.MAX_BLEND", 0.5),
+    *("TEST.DETECTIONS_PER_IMAGE", 100, "SSOD.DATA.UNLABELED_PER_BATCH", 4),
+    # Enough labeled boxes that the most frequent class has a prototype.
+    *("SOLVER.IMS_PER_BATCH", 4),
+)
 CASES = {
     "fixed": Case(),
     "ACT": Case("AdaptiveClassThreshold", ("SSOD.FILTER.QUEUE_IMAGES", 64)),
@@ -112,5 +126,14 @@ CASES = {
         off=(*CONTRASTIVE["off"], *LABEL_MATCH["off"], *LSM["off"]),
         trains=True,
         is_local=True,
+    ),
+    "DASO": Case(keys=("SSOD.FILTER.SCORE_THRESH", 0.0, *COUNTS), **DASO),
+    "DASO, SoftMatch": Case("SoftMatchWeighting", (*SOFT, *COUNTS), **DASO),
+    "DASO, LabelMatch, LSM": Case(
+        keys=("SSOD.FILTER.SCORE_THRESH", 0.9, "SSOD.FILTER.UNDECIDED_THRESH", 0.0, *COUNTS),
+        methods=("DASO", "LABEL_MATCH", "LSM"),
+        losses=(*DASO["losses"], *LABEL_MATCH["losses"], *DISTILS["losses"]),
+        off=(*DASO["off"], *LABEL_MATCH["off"], *LSM["off"], "SSOD.FILTER.UNDECIDED_THRESH", 0.9),
+        trains=True,
     ),
 }

@@ -3,6 +3,7 @@
 from ssod.core import (
     adaptive_threshold,
     contrastive,
+    daso,
     filters,
     label_match,
     low_resolution,
@@ -12,6 +13,7 @@ from ssod.core import (
 __all__ = [
     "adaptive_threshold",
     "contrastive",
+    "daso",
     "filters",
     "label_match",
     "low_resolution",

@@ -65,6 +65,7 @@ def _schedule(cfg):
         "burn-in": ssod.BURN_IN_ITERS,
         "refresh": ssod.FILTER.REFRESH_PERIOD,
         "ramp": ssod.CONTRASTIVE.RAMP_ITERS,
+        "DASO": (ssod.DASO.DELAY, ssod.DASO.WINDOW),
     }
 
 
@@ -88,6 +89,7 @@ def test_all_that_depends_on_the_batch_is_scaled(cfg):
         "burn-in": 1000,
         "refresh": 500,
         "ramp": 1000,
+        "DASO": (500, 50),
     }
     # The share of the teacher that is left after as many images is the same.
     assert scaled.SSOD.EMA_DECAY == pytest.approx(0.9996**2)
@@ -107,8 +109,9 @@ def test_a_training_has_as_many_sweeps_on_any_number_of_gpus():
 
 @pytest.mark.parametrize(("period", "expected"), [(10, 1), (1, 1), (0, 0)])
 def test_a_period_is_scaled_to_one_at_least_and_a_wrong_one_stays_wrong(cfg, period, expected):
-    cfg.SSOD.FILTER.REFRESH_PERIOD = period
-    assert scale_to_world_size(cfg, 64).SSOD.FILTER.REFRESH_PERIOD == expected
+    cfg.SSOD.FILTER.REFRESH_PERIOD = cfg.SSOD.DASO.WINDOW = period
+    scaled = scale_to_world_size(cfg, 64).SSOD
+    assert scaled.FILTER.REFRESH_PERIOD == scaled.DASO.WINDOW == expected
 
 
 def test_a_wrong_decay_stays_wrong(cfg):

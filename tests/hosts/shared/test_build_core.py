@@ -67,6 +67,16 @@ VALUES = {
         "PUSH_THRESH": (0.25, lambda m: m.push_thresh),
         "VIEWS": ("student", lambda m: m.views),
     },
+    "DASO": {
+        "WEIGHT": (0.25, lambda m: m.weight),
+        "T_DIST": (1.5, lambda m: m.t_dist),
+        "T_PROTO": (0.1, lambda m: m.t_proto),
+        "MAX_BLEND": (0.5, lambda m: m.max_blend),
+        "QUEUE_LENGTH": (7, lambda m: m.queue.sums.shape[1]),
+        "DELAY": (11, lambda m: m.delay),
+        "WINDOW": (13, lambda m: m.window),
+        "POOL_FLOOR": (0.25, lambda m: m.pool_floor),
+    },
 }
 
 
@@ -223,6 +233,25 @@ def test_bad_values_of_label_match_are_one_line(key, value, message):
 def test_bad_values_of_the_contrast_are_one_line(key, value, message):
     cfg = _config("SSOD.CONTRASTIVE.ENABLED", True, f"SSOD.CONTRASTIVE.{key}", value)
     with pytest.raises(InputError, match=f"^SSOD.CONTRASTIVE.{key} {message}$"):
+        build_methods(cfg, FakeDetector())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("WEIGHT", -1.0, "must be at least 0, got -1.0"),
+        ("T_DIST", 0.0, "must be above 0, got 0.0"),
+        ("T_PROTO", -0.5, "must be above 0, got -0.5"),
+        ("MAX_BLEND", 1.5, r"must be in \[0, 1\], got 1.5"),
+        ("QUEUE_LENGTH", 0, "must be at least 1, got 0"),
+        ("DELAY", -1, "must be at least 0, got -1"),
+        ("WINDOW", 0, "must be at least 1, got 0"),
+        ("POOL_FLOOR", ".nan", r"must be in \[0, 1\], got nan"),
+    ],
+)
+def test_bad_values_of_daso_are_one_line(key, value, message):
+    cfg = _config("SSOD.DASO.ENABLED", True, f"SSOD.DASO.{key}", value)
+    with pytest.raises(InputError, match=f"^SSOD.DASO.{key} {message}$"):
         build_methods(cfg, FakeDetector())
 
 

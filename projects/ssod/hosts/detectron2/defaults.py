@@ -116,8 +116,8 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     Return the config for another number of processes than `SOLVER.REFERENCE_WORLD_SIZE`.
 
     Detectron2's linear scaling (`DefaultTrainer.auto_scale_workers`: batch and learning rate up,
-    schedule down) is applied to the unlabeled batch, the burn-in, the filter's refresh period and
-    the contrast's ramp as well, and the EMAs of teacher and filter keep their length in images:
+    schedule down) is applied to the unlabeled batch, the burn-in, and the iteration counts of
+    filters and methods as well, and the EMAs of teacher and filter keep their length in images:
     decay ** scale (https://arxiv.org/abs/2307.13813). With a reference of 0 nothing changes.
 
     Raises:
@@ -142,9 +142,10 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     ssod = scaled.SSOD
     ssod.DATA.UNLABELED_PER_BATCH = ssod.DATA.UNLABELED_PER_BATCH // reference * world_size
     ssod.BURN_IN_ITERS = round(ssod.BURN_IN_ITERS / factor)
-    period = ssod.FILTER.REFRESH_PERIOD
-    ssod.FILTER.REFRESH_PERIOD = max(round(period / factor), min(period, 1))  # 0 stays refused
-    ssod.CONTRASTIVE.RAMP_ITERS = round(ssod.CONTRASTIVE.RAMP_ITERS / factor)
+    for group, key in ((ssod.DASO, "DELAY"), (ssod.CONTRASTIVE, "RAMP_ITERS")):
+        group[key] = round(group[key] / factor)
+    for group, key in ((ssod.FILTER, "REFRESH_PERIOD"), (ssod.DASO, "WINDOW")):
+        group[key] = max(round(group[key] / factor), min(group[key], 1))  # 0 stays refused
     for group in (ssod, ssod.FILTER):
         # A negative one, which is refused later, would become complex.
         group.EMA_DECAY = math.copysign(abs(group.EMA_DECAY) ** factor, group.EMA_DECAY)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ssod.evaluation.pseudo_labels import pseudo_label_quality
+from ssod.evaluation.pseudo_labels import pseudo_label_quality, tail_classes
 
 BOX = [0.0, 0.0, 10.0, 10.0]
 SHIFTED = [0.0, 2.5, 10.0, 12.5]  # IoU with BOX: 75 / 125 = 0.6
@@ -107,6 +107,24 @@ def test_values_by_hand():
     )
     assert (quality.precision, quality.recall) == (pytest.approx(2 / 3), pytest.approx(2 / 4))
     assert (quality.num_per_image, quality.true_per_image) == (1.5, 2.0)
+
+
+def test_recall_of_the_tail_by_hand():
+    pseudo = [[(SHIFTED, 0.9, 0), (FAR, 0.8, 1)], [(BOX, 0.7, 2)]]
+    true = [[(BOX, 0), (BOX, 2)], [(BOX, 2), (FAR, 1)]]
+    for tail, expected in (([2], 1 / 2), ([1, 2], 1 / 3), ([0], 1), ([1], 0), ([], 0)):
+        mask = torch.zeros(3).bool()
+        mask[tail] = True
+        assert _quality(pseudo, true, tail=mask).recall_tail == pytest.approx(expected)
+    assert _quality([[]], [[(BOX, 0)]], tail=torch.tensor([False, True, True])).recall_tail == 0
+
+
+@pytest.mark.parametrize(
+    ("counts", "tail"),
+    [([5, 1, 9, 0, 7, 3], [1, 3]), ([4, 4, 4, 4, 4, 4], [0, 1]), ([8, 2], [1]), ([3], [0])],
+)
+def test_the_tail_is_the_third_of_the_classes_with_the_fewest_labels(counts, tail):
+    assert tail_classes(torch.tensor(counts)).nonzero()[:, 0].tolist() == tail
 
 
 def test_wrong_class_and_other_image_do_not_match():

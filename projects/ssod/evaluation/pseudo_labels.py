@@ -25,6 +25,7 @@ class PseudoLabelQuality:
         precision: share of the pseudo-boxes that match a true box.
         weighted_precision: the same share by weight.
         recall: share of the true boxes that are matched.
+        recall_tail: the same share of the tail's classes.
         num_per_image: mean number of pseudo-boxes an image.
         true_per_image: mean number of true boxes an image.
         class_kl: KL divergence, in nats, of the pseudo-boxes' class distribution from that of the
@@ -34,6 +35,7 @@ class PseudoLabelQuality:
     precision: float
     weighted_precision: float
     recall: float
+    recall_tail: float
     num_per_image: float
     true_per_image: float
     class_kl: float
@@ -47,6 +49,7 @@ def pseudo_label_quality(
     true_classes: Sequence[Tensor],
     num_classes: int,
     weights: Sequence[Tensor] | None = None,
+    tail: Tensor | None = None,
 ) -> PseudoLabelQuality:
     """
     Match pseudo-boxes to true boxes of their image and class, best score first.
@@ -62,12 +65,14 @@ def pseudo_label_quality(
         true_classes: (M_i,) int64 in [0, K).
         num_classes: K.
         weights: (R_i,) weights that the boxes are learned with; all 1 if None.
+        tail: (K,) bool, classes with few labels as of `tail_classes`; none if None.
 
     Raises:
         ValueError: if the sequences differ in length.
     """
-    found, true = torch.zeros(2, num_classes, dtype=torch.int64).unbind()
-    num_hits, weight_sum, weight_of_hits = 0, 0.0, 0.0
+    found, true, hits = torch.zeros(3, num_classes, dtype=torch.int64).unbind()
+    weight_sum, weight_of_hits = 0.0, 0.0
+    tail = torch.zeros(num_classes).bool() if tail is None else tail.cpu()
     weights = [torch.ones_like(score) for score in scores] if weights is None else weights
     images = zip(boxes, scores, classes, weights, true_boxes, true_classes, strict=True)
     for box, score, label, weight, true_box, true_label in images:
@@ -80,19 +85,26 @@ def pseudo_label_quality(
         matched = _match_greedily(ious)
         found += label.bincount(minlength=num_classes)
         true += true_label.bincount(minlength=num_classes)
-        num_hits += int(matched.sum())
+        hits += label[matched].bincount(minlength=num_classes)
         weight = weight[order].double().cpu()
         weight_sum += float(weight.sum())
         weight_of_hits += float(weight[matched].sum())
-    num_images = max(len(boxes), 1)
+    num_images, num_hits = max(len(boxes), 1), int(hits.sum())
     return PseudoLabelQuality(
         precision=num_hits / max(int(found.sum()), 1),
         weighted_precision=weight_of_hits / weight_sum if weight_sum else 0.0,
         recall=num_hits / max(int(true.sum()), 1),
+        recall_tail=int(hits[tail].sum()) / max(int(true[tail].sum()), 1),
         num_per_image=int(found.sum()) / num_images,
         true_per_image=int(true.sum()) / num_images,
         class_kl=_divergence(true, found),
     )
+
+
+def tail_classes(class_counts: Tensor) -> Tensor:
+    """Return (K,) bool, the third of the classes with the least of (K,) labels, at least one."""
+    rank = class_counts.argsort(stable=True).argsort()
+    return rank < max(len(class_counts) // 3, 1)
 
 
 def _divergence(true: Tensor, found: Tensor) -> float:

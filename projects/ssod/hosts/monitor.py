@@ -6,12 +6,13 @@ import logging
 
 import torch
 from fvcore.common.config import CfgNode
+from torch import Tensor
 
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.datasets import DetectionDataset, ImageRecord
 from ssod.data.images import read_image
 from ssod.errors import InputError
-from ssod.evaluation.pseudo_labels import pseudo_label_quality
+from ssod.evaluation.pseudo_labels import pseudo_label_quality, tail_classes
 from ssod.hosts.inference import label_images
 
 logger = logging.getLogger(__name__)
@@ -42,15 +43,24 @@ def _is_usable(record: ImageRecord) -> bool:
 def monitor_pseudo_labels(
     model: TeacherStudent,
     images: DetectionDataset | None,
+    labeled_counts: Tensor,
     cfg: CfgNode,
     device: torch.device,
 ) -> dict[str, float]:
     """
     Compare pseudo-labels of the images of `choose_monitored` with the truth.
 
+    Args:
+        model: of which the teacher labels.
+        images: of `choose_monitored`.
+        labeled_counts: (K,) labeled boxes of each class.
+        cfg: of the run.
+        device: of the model.
+
     Returns:
-        `pseudo/precision`, `pseudo/weighted_precision` and `pseudo/recall` in [0, 1], boxes per
-        image, and the KL divergence of their classes in nats if there are any, all of the boxes
+        `pseudo/precision`, `pseudo/weighted_precision` and `pseudo/recall` in [0, 1], that of the
+        third of the classes with the fewest labeled boxes in `pseudo/recall_tail`, boxes per image,
+        and the KL divergence of their classes in nats if there are any, all of the boxes
         that are learned (`reliable`); empty without images, and until teacher and filter are ready.
     """
     if not images or not (model.teacher_started and model.pseudo_label_filter.is_ready):
@@ -67,11 +77,13 @@ def monitor_pseudo_labels(
         [torch.from_numpy(record.classes) for record, _ in labeled],
         images.num_classes,
         weights=[found.weights for _, found in labeled],
+        tail=tail_classes(labeled_counts),
     )
     metrics = {
         "pseudo/precision": quality.precision,
         "pseudo/weighted_precision": quality.weighted_precision,
         "pseudo/recall": quality.recall,
+        "pseudo/recall_tail": quality.recall_tail,
         "pseudo/boxes_per_image": quality.num_per_image,
         "pseudo/true_boxes_per_image": quality.true_per_image,
     }
@@ -156,3 +168,49 @@ class CollapseAlarm:
                 mean,
             )
         self._since, self._cosines = None, []
+
+
+class BlendAlarm:
+    """
+    Warns once when what DASO blends with says nothing for long.
+
+    Prototypes that all point the same way make classes random, and counts that jump from window to
+    window mean that the blending drives them: what it takes from a class in one window, it gives
+    back in the next.
+    """
+
+    PATIENCE = 500  # iterations
+    BOUNDS = {
+        "pseudo/daso_prototype_cosine": (0.9, "prototypes have a mean cosine", "T_PROTO"),
+        "pseudo/daso_window_change": (
+            0.3,
+            "windows of counted classes have a difference",
+            "WINDOW",
+        ),
+    }
+
+    def __init__(self) -> None:
+        self._since: int | None = None
+        self._values: dict[str, list[float]] = {name: [] for name in self.BOUNDS}
+
+    def update(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Look at what `MetricWindow.read` returns; runs without DASO say nothing."""
+        if not self._values or not metrics.keys() >= self._values.keys():
+            return
+        self._since = iteration if self._since is None else self._since
+        for name, values in self._values.items():
+            values.append(metrics[name])
+        if iteration - self._since < self.PATIENCE:
+            return
+        for name, values in list(self._values.items()):
+            bound, text, key = self.BOUNDS[name]
+            mean = sum(values) / len(values)
+            values.clear()
+            if mean > bound:
+                del self._values[name]
+                logger.warning(
+                    "iteration %d: for %d iterations DASO's %s of %.2f, more than %.1f; look at "
+                    "SSOD.DASO.%s, or lower SSOD.DASO.MAX_BLEND",
+                    *(iteration, iteration - self._since, text, mean, bound, key),
+                )
+        self._since = None

@@ -103,7 +103,10 @@ class BaseRun(ABC):
         """
         results = self._measure()
         if results and self.data is not None and get_rank() == 0:
-            results |= monitor_pseudo_labels(self.model, self._monitored, self.cfg, self.device)
+            labeled_counts = torch.from_numpy(self.data.labeled.class_counts)
+            results |= monitor_pseudo_labels(
+                self.model, self._monitored, labeled_counts, self.cfg, self.device
+            )
         return results
 
     @cached_property

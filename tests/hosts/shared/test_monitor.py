@@ -6,7 +6,7 @@ import torch
 from ssod.core.structures import PseudoLabels
 from ssod.hosts import monitor
 from ssod.hosts.metric_window import MetricWindow
-from ssod.hosts.monitor import CollapseAlarm, WeightAlarm, monitor_pseudo_labels
+from ssod.hosts.monitor import BlendAlarm, CollapseAlarm, WeightAlarm, monitor_pseudo_labels
 from ssod.hosts.torchvision.run import Run
 from tiny_run import BURN_IN_ITERS, tiny_config
 
@@ -114,10 +114,85 @@ def test_boxes_that_are_undecided_are_not_measured(shapes, tmp_path, monkeypatch
             yield record, PseudoLabels(boxes, classes, scores, scores, scores, boxes, reliable)
 
     monkeypatch.setattr(monitor, "label_images", true_boxes_and_a_wrong_one)
-    quality = monitor_pseudo_labels(model, images, trainer.cfg, trainer.device)
+    counts = torch.arange(images.num_classes)
+    quality = monitor_pseudo_labels(model, images, counts, trainer.cfg, trainer.device)
     assert quality["pseudo/precision"] == quality["pseudo/recall"] == 1
+    assert quality["pseudo/recall_tail"] == 1
     assert quality["pseudo/boxes_per_image"] == quality["pseudo/true_boxes_per_image"]
     assert quality["pseudo/class_kl"] == 0
+
+
+def test_recall_of_the_tail_is_that_of_the_classes_with_the_fewest_labels(
+    shapes, tmp_path, monkeypatch
+):
+    """The teacher finds every object of the classes 0, 2 and 4 of six."""
+    trainer = Run(tiny_config(shapes, tmp_path))
+    images, model = trainer.data.hidden_truth, trainer.model
+    model.iteration = BURN_IN_ITERS
+    model.start_teacher_if_due()
+
+    def even_classes(*_):
+        for record in (images[i] for i in range(len(images))):
+            boxes, classes = torch.from_numpy(record.boxes), torch.from_numpy(record.classes)
+            ones = torch.ones(len(boxes))
+            found = PseudoLabels(boxes, classes, ones, ones, ones, boxes, ones.bool())
+            yield record, found[classes % 2 == 0]
+
+    monkeypatch.setattr(monitor, "label_images", even_classes)
+    true = torch.from_numpy(images.class_counts)
+    for tail in ([0, 4], [1, 5], [1, 2]):
+        counts = torch.full((images.num_classes,), 7)
+        counts[tail] = torch.tensor([3, 0])
+        quality = monitor_pseudo_labels(model, images, counts, trainer.cfg, trainer.device)
+        found = sum(true[label] for label in tail if label % 2 == 0)
+        assert quality["pseudo/recall_tail"] == pytest.approx(float(found / true[tail].sum()))
+        assert quality["pseudo/recall"] == pytest.approx(float(true[::2].sum() / true.sum()))
+
+
+def _blend_warnings(caplog, lines):
+    """Messages for lines of (cosine of prototypes, change of a window), 20 iterations apart."""
+    alarm = BlendAlarm()
+    with caplog.at_level(logging.WARNING):
+        for index, values in enumerate(lines):
+            alarm.update(20 * index, dict(zip(BlendAlarm.BOUNDS, values, strict=True)))
+    return caplog.messages
+
+
+def test_prototypes_that_are_alike_for_long_are_told_once(caplog):
+    (message,) = _blend_warnings(caplog, [(0.97, 0.1), (0.91, 0.1)] * 60)
+    assert f"iteration {BlendAlarm.PATIENCE}: " in message
+    assert "mean cosine of 0.94" in message and "SSOD.DASO.T_PROTO" in message
+
+
+def test_counts_that_jump_from_window_to_window_are_told_once(caplog):
+    # A window ends in every fifth line, and is compared with the one before until the next.
+    (message,) = _blend_warnings(caplog, [(0.5, 0.6), (0.5, 0.2)] * 60)
+    assert "0.40" in message and "SSOD.DASO.WINDOW" in message
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [[(0.6, 0.2)] * 100, [(0.99, 0.9)] * 20, [(0.99, 0.9)] * 5 + [(0.6, 0.1)] * 95],
+    ids=["in range", "not for long", "at the start"],
+)
+def test_what_is_no_failure_of_blending_is_not_told(caplog, lines):
+    assert _blend_warnings(caplog, lines) == []
+
+
+def test_a_run_whose_prototypes_are_alike_warns(shapes, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(BlendAlarm, "PATIENCE", 1)
+    name = "pseudo/daso_prototype_cosine"
+    bounds = {name: (-2.0, *BlendAlarm.BOUNDS[name][1:])}
+    monkeypatch.setattr(BlendAlarm, "BOUNDS", bounds)
+    keys = ("SSOD.DASO.ENABLED", True, "SSOD.LOG_PERIOD", 1, "SSOD.DATA.VAL_JSON", "")
+    Run(tiny_config(shapes, tmp_path, *keys)).train()
+    assert sum("mean cosine of" in message for message in caplog.messages) == 1
+
+
+def test_runs_without_blending_are_not_told_of_it(caplog):
+    for iteration in range(0, 3000, 20):
+        BlendAlarm().update(iteration, {"pseudo/num_per_image": 1.0})
+    assert caplog.messages == []
 
 
 def test_nothing_is_measured_until_there_are_thresholds(shapes, tmp_path):
@@ -126,7 +201,8 @@ def test_nothing_is_measured_until_there_are_thresholds(shapes, tmp_path):
     images, model = trainer.data.hidden_truth, trainer.model
     model.iteration = BURN_IN_ITERS
     model.start_teacher_if_due()
-    assert monitor_pseudo_labels(model, images, trainer.cfg, trainer.device) == {}
+    counts = torch.from_numpy(trainer.data.labeled.class_counts)
+    assert monitor_pseudo_labels(model, images, counts, trainer.cfg, trainer.device) == {}
 
 
 def _collapse_warnings(caplog, cosines):

@@ -24,6 +24,8 @@ FILES = {
 RECIPES = [name for name in FILES if not Path(name).name.startswith("Base-")]
 SUPERVISED = [name for name in RECIPES if "/supervised_" in name]
 LSM = [name for name in RECIPES if "/lsm_" in name]
+DASO = [name for name in RECIPES if "/daso_" in name]
+CCSSL = [name for name in RECIPES if "/ccssl_" in name]
 ONE_GPU = "coco-standard/unbiased_teacher_R_50_FPN_1pct_1gpu"
 PERCENTS = (1, 2, 5, 10)
 
@@ -220,7 +222,9 @@ def test_every_recipe_is_here():
         for name in PUBLISHED
         for other in ("supervised", "lsm")
     }
-    assert set(RECIPES) == {*PUBLISHED, *others, *LABEL_MATCH, ONE_GPU}
+    assert set(RECIPES) == {*PUBLISHED, *others, *LABEL_MATCH, *DASO, *CCSSL, ONE_GPU}
+    assert set(DASO) == {f"coco-standard/daso_R_50_FPN_{p}pct" for p in (1, 10)}
+    assert set(CCSSL) == {f"coco-standard/ccssl_R_50_FPN_{p}pct" for p in (1, 10)}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -287,6 +291,20 @@ def test_lsm_is_added_to_the_recipe_with_the_published_thresholds(name):
     cfg = _config(name)
     assert (cfg.SSOD.FILTER.UNDECIDED_THRESH, cfg.SSOD.FILTER.SCORE_THRESH) == (0.5, 0.7)
     assert cfg.SSOD.LSM.LEVELS == (2, 3, 4)
+
+
+@pytest.mark.parametrize("name", DASO)
+def test_daso_is_added_to_the_recipe_with_the_published_delay(name):
+    recipe = name.replace("daso", "unbiased_teacher")
+    added = {"SSOD.DASO.ENABLED": True, "SSOD.DASO.DELAY": 3600}
+    assert _difference(name, recipe) == added
+    assert added["SSOD.DASO.DELAY"] == 0.02 * _config(name).SOLVER.MAX_ITER
+
+
+@pytest.mark.parametrize("name", CCSSL)
+def test_ccssl_is_added_to_the_recipe(name):
+    recipe = name.replace("ccssl", "unbiased_teacher")
+    assert _difference(name, recipe) == {"SSOD.CONTRASTIVE.ENABLED": True}
 
 
 def test_recipes_of_coco_standard_differ_in_the_percentage_alone():

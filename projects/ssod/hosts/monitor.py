@@ -131,86 +131,50 @@ class WeightAlarm:
         self._since, self._num, self._weight = None, 0.0, 0.0
 
 
-class CollapseAlarm:
+class BoundAlarm:
     """
-    Warns once when embeddings of different classes have pointed in one direction for long.
+    Warns once of each metric of a method whose mean was above its bound for long.
 
-    A contrast that pulls everything together, as it can where nearly all pseudo-boxes are of one
-    class, teaches nothing.
-    """
-
-    HIGH = 0.9  # mean cosine
-    PATIENCE = 500  # iterations
-
-    def __init__(self) -> None:
-        """Start; nothing is known yet."""
-        self._since: int | None = None
-        self._cosines: list[float] = []
-        self._warned = False
-
-    def update(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Look at what `MetricWindow.read` returns; without the method that says nothing."""
-        name = "pseudo/contrast_other_class_cosine"
-        if name not in metrics or self._warned:
-            return
-        self._since = iteration if self._since is None else self._since
-        self._cosines += [metrics[name]] if metrics[name] else []  # 0: there was no pair
-        if iteration - self._since < self.PATIENCE:
-            return
-        mean = sum(self._cosines) / max(len(self._cosines), 1)
-        if mean > self.HIGH:
-            self._warned = True
-            logger.warning(
-                "iteration %d: for %d iterations embeddings of different classes had a mean cosine "
-                "of %.2f; lower SSOD.CONTRASTIVE.WEIGHT, or raise SSOD.CONTRASTIVE.PUSH_THRESH",
-                iteration,
-                iteration - self._since,
-                mean,
-            )
-        self._since, self._cosines = None, []
-
-
-class BlendAlarm:
-    """
-    Warns once when what DASO blends with says nothing for long.
-
-    Prototypes that all point the same way make classes random, and counts that jump from window to
-    window mean that the blending drives them: what it takes from a class in one window, it gives
-    back in the next.
+    Prototypes that point in one direction make DASO's classes random; counts that jump from window
+    to window mean that its blending drives them. A contrast that pulls everything together, as it
+    can where nearly all pseudo-boxes are of one class, teaches nothing.
     """
 
     PATIENCE = 500  # iterations
     BOUNDS = {
-        "pseudo/daso_prototype_cosine": (0.9, "prototypes have a mean cosine", "T_PROTO"),
+        "pseudo/daso_prototype_cosine": (
+            *(0.9, "DASO's prototypes had a mean cosine of %.2f"),
+            "look at SSOD.DASO.T_PROTO, or lower SSOD.DASO.MAX_BLEND",
+        ),
         "pseudo/daso_window_change": (
-            0.3,
-            "windows of counted classes have a difference",
-            "WINDOW",
+            *(0.3, "DASO's windows of counted classes had a difference of %.2f"),
+            "look at SSOD.DASO.WINDOW, or lower SSOD.DASO.MAX_BLEND",
+        ),
+        "pseudo/contrast_other_class_cosine": (
+            *(0.9, "embeddings of different classes had a mean cosine of %.2f"),
+            "lower SSOD.CONTRASTIVE.WEIGHT, or raise SSOD.CONTRASTIVE.PUSH_THRESH",
         ),
     }
 
     def __init__(self) -> None:
-        self._since: int | None = None
+        """Start; nothing is known yet."""
+        self._since: dict[str, int] = {}
         self._values: dict[str, list[float]] = {name: [] for name in self.BOUNDS}
 
     def update(self, iteration: int, metrics: dict[str, float]) -> None:
-        """Look at what `MetricWindow.read` returns; runs without DASO say nothing."""
-        if not self._values or not metrics.keys() >= self._values.keys():
-            return
-        self._since = iteration if self._since is None else self._since
-        for name, values in self._values.items():
-            values.append(metrics[name])
-        if iteration - self._since < self.PATIENCE:
-            return
-        for name, values in list(self._values.items()):
-            bound, text, key = self.BOUNDS[name]
-            mean = sum(values) / len(values)
-            values.clear()
+        """Look at what `MetricWindow.read` returns; what is not there says nothing."""
+        for name in self._values.keys() & metrics.keys():
+            since = self._since.setdefault(name, iteration)
+            if metrics[name]:  # 0: there was nothing to measure
+                self._values[name].append(metrics[name])
+            if iteration - since < self.PATIENCE:
+                continue
+            values = self._values.pop(name)
+            mean = sum(values) / max(len(values), 1)
+            bound, found, advice = self.BOUNDS[name]
             if mean > bound:
-                del self._values[name]
-                logger.warning(
-                    "iteration %d: for %d iterations DASO's %s of %.2f, more than %.1f; look at "
-                    "SSOD.DASO.%s, or lower SSOD.DASO.MAX_BLEND",
-                    *(iteration, iteration - self._since, text, mean, bound, key),
-                )
-        self._since = None
+                text = f"iteration %d: for %d iterations {found}, more than %.1f; {advice}"
+                logger.warning(text, iteration, iteration - since, mean, bound)
+            else:
+                self._values[name] = []
+                del self._since[name]

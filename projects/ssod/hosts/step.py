@@ -25,7 +25,7 @@ from ssod.data.loader import FailedImages
 from ssod.errors import InputError
 from ssod.hosts.checkpoint import load_optimizer
 from ssod.hosts.metric_window import MetricWindow
-from ssod.hosts.monitor import BlendAlarm, CollapseAlarm, WeightAlarm
+from ssod.hosts.monitor import BoundAlarm, WeightAlarm
 from ssod.hosts.optimizer import build_clipper
 from ssod.hosts.sweep import sweep_if_due
 
@@ -71,8 +71,7 @@ class TrainingStep:
         self.grad_scaler = torch.amp.GradScaler(self._device.type, **scale)
         self._clip = build_clipper(cfg)
         self._failed = FailedImages(cfg.SSOD.DATA.MAX_FAILED_SHARE)
-        is_soft = self.model.pseudo_label_filter.is_soft
-        self._alarms = (WeightAlarm(is_soft), BlendAlarm(), CollapseAlarm())
+        self._alarms = (WeightAlarm(self.model.pseudo_label_filter.is_soft), BoundAlarm())
         self._window = MetricWindow()
         self._file_names: list[list[str]] = []
         self.num_skipped = self._num_skipped_in_row = 0

@@ -6,7 +6,7 @@ import torch
 from ssod.core.structures import PseudoLabels
 from ssod.hosts import monitor
 from ssod.hosts.metric_window import MetricWindow
-from ssod.hosts.monitor import BlendAlarm, CollapseAlarm, WeightAlarm, monitor_pseudo_labels
+from ssod.hosts.monitor import BoundAlarm, WeightAlarm, monitor_pseudo_labels
 from ssod.hosts.torchvision.run import Run
 from tiny_run import BURN_IN_ITERS, tiny_config
 
@@ -149,50 +149,60 @@ def test_recall_of_the_tail_is_that_of_the_classes_with_the_fewest_labels(
         assert quality["pseudo/recall"] == pytest.approx(float(true[::2].sum() / true.sum()))
 
 
-def _blend_warnings(caplog, lines):
-    """Messages for lines of (cosine of prototypes, change of a window), 20 iterations apart."""
-    alarm = BlendAlarm()
+COSINE, CHANGE, CONTRAST = BoundAlarm.BOUNDS
+
+
+def _bound_warnings(caplog, name, values):
+    """Messages for values of a metric, 20 iterations apart; None where it is missing."""
+    alarm = BoundAlarm()
     with caplog.at_level(logging.WARNING):
-        for index, values in enumerate(lines):
-            alarm.update(20 * index, dict(zip(BlendAlarm.BOUNDS, values, strict=True)))
+        for index, value in enumerate(values):
+            alarm.update(20 * index, {} if value is None else {name: value})
     return caplog.messages
 
 
-def test_prototypes_that_are_alike_for_long_are_told_once(caplog):
-    (message,) = _blend_warnings(caplog, [(0.97, 0.1), (0.91, 0.1)] * 60)
-    assert f"iteration {BlendAlarm.PATIENCE}: " in message
-    assert "mean cosine of 0.94" in message and "SSOD.DASO.T_PROTO" in message
-
-
-def test_counts_that_jump_from_window_to_window_are_told_once(caplog):
-    # A window ends in every fifth line, and is compared with the one before until the next.
-    (message,) = _blend_warnings(caplog, [(0.5, 0.6), (0.5, 0.2)] * 60)
-    assert "0.40" in message and "SSOD.DASO.WINDOW" in message
-
-
 @pytest.mark.parametrize(
-    "lines",
-    [[(0.6, 0.2)] * 100, [(0.99, 0.9)] * 20, [(0.99, 0.9)] * 5 + [(0.6, 0.1)] * 95],
-    ids=["in range", "not for long", "at the start"],
+    ("name", "values", "parts"),
+    [
+        (COSINE, [0.97, 0.91] * 60, ["prototypes", "cosine of 0.94", "SSOD.DASO.T_PROTO"]),
+        (CHANGE, [0.6, 0.2] * 60, ["windows", "difference of 0.40", "SSOD.DASO.WINDOW"]),
+        (CONTRAST, [0.95] * 100, ["cosine of 0.95", "SSOD.CONTRASTIVE.WEIGHT"]),
+        (CONTRAST, [None] * 50 + [0.99, 0.89] * 50, ["cosine of 0.94"]),
+        (CONTRAST, [0.0, 0.0, 0.95] * 50, ["cosine of 0.95"]),  # there is rarely a pair
+        (CONTRAST, [0.3] * 50 + [0.95] * 50, ["cosine of 0.95"]),
+    ],
 )
-def test_what_is_no_failure_of_blending_is_not_told(caplog, lines):
-    assert _blend_warnings(caplog, lines) == []
+def test_what_is_too_high_for_long_is_told_once(caplog, name, values, parts):
+    (message,) = _bound_warnings(caplog, name, values)
+    assert all(part in message for part in parts)
+    assert f"for {BoundAlarm.PATIENCE} iterations" in message
 
 
-def test_a_run_whose_prototypes_are_alike_warns(shapes, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(BlendAlarm, "PATIENCE", 1)
-    name = "pseudo/daso_prototype_cosine"
-    bounds = {name: (-2.0, *BlendAlarm.BOUNDS[name][1:])}
-    monkeypatch.setattr(BlendAlarm, "BOUNDS", bounds)
-    keys = ("SSOD.DASO.ENABLED", True, "SSOD.LOG_PERIOD", 1, "SSOD.DATA.VAL_JSON", "")
+def test_each_metric_has_a_warning_of_its_own(caplog):
+    alarm = BoundAlarm()
+    for iteration in range(0, 3000, 20):
+        alarm.update(iteration, {COSINE: 0.95, CHANGE: 0.1, CONTRAST: 0.99})
+    assert len(caplog.messages) == 2
+
+
+@pytest.mark.parametrize("name", [COSINE, CHANGE, CONTRAST])
+@pytest.mark.parametrize(
+    "values",
+    [[0.25] * 100, [0.99] * 20, [0.99] * 5 + [0.1] * 95, [None] * 100, [0.0] * 100],
+    ids=["in range", "not for long", "at the start", "no such method", "nothing measured"],
+)
+def test_what_is_in_bounds_is_not_told(caplog, name, values):
+    assert _bound_warnings(caplog, name, values) == []
+
+
+@pytest.mark.parametrize(("group", "name"), [("DASO", COSINE), ("CONTRASTIVE", CONTRAST)])
+def test_a_run_whose_embeddings_are_alike_warns(shapes, tmp_path, monkeypatch, caplog, group, name):
+    monkeypatch.setattr(BoundAlarm, "PATIENCE", 1)
+    monkeypatch.setattr(BoundAlarm, "BOUNDS", {name: (-2.0, *BoundAlarm.BOUNDS[name][1:])})
+    keys = (f"SSOD.{group}.ENABLED", True, "SSOD.FILTER.UNDECIDED_THRESH", 0.05)
+    keys += ("SSOD.LOG_PERIOD", 1, "SSOD.DATA.VAL_JSON", "")
     Run(tiny_config(shapes, tmp_path, *keys)).train()
     assert sum("mean cosine of" in message for message in caplog.messages) == 1
-
-
-def test_runs_without_blending_are_not_told_of_it(caplog):
-    for iteration in range(0, 3000, 20):
-        BlendAlarm().update(iteration, {"pseudo/num_per_image": 1.0})
-    assert caplog.messages == []
 
 
 def test_nothing_is_measured_until_there_are_thresholds(shapes, tmp_path):
@@ -203,45 +213,3 @@ def test_nothing_is_measured_until_there_are_thresholds(shapes, tmp_path):
     model.start_teacher_if_due()
     counts = torch.from_numpy(trainer.data.labeled.class_counts)
     assert monitor_pseudo_labels(model, images, counts, trainer.cfg, trainer.device) == {}
-
-
-def _collapse_warnings(caplog, cosines):
-    alarm = CollapseAlarm()
-    with caplog.at_level(logging.WARNING):
-        for index, cosine in enumerate(cosines):
-            found = {} if cosine is None else {"pseudo/contrast_other_class_cosine": cosine}
-            alarm.update(20 * index, found)
-    return caplog.messages
-
-
-@pytest.mark.parametrize(
-    "cosines",
-    [
-        [0.95] * 100,
-        [None] * 50 + [0.99, 0.89] * 50,
-        [0.0, 0.0, 0.95] * 50,
-        [0.3] * 50 + [0.95] * 50,
-    ],
-    ids=["always", "with noise, after the burn-in", "rarely a pair", "later"],
-)
-def test_embeddings_that_are_all_alike_for_long_are_told_once(caplog, cosines):
-    (message,) = _collapse_warnings(caplog, cosines)
-    assert "different classes had a mean cosine of 0.9" in message
-
-
-@pytest.mark.parametrize(
-    "cosines",
-    [[0.8] * 100, [0.95] * 20 + [0.2] * 60, [None] * 100, [0.0] * 100],
-    ids=["apart", "not for long", "no contrast", "no pair"],
-)
-def test_embeddings_that_are_apart_are_not_told(caplog, cosines):
-    assert _collapse_warnings(caplog, cosines) == []
-
-
-def test_a_run_that_collapses_warns(shapes, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(CollapseAlarm, "PATIENCE", 1)
-    monkeypatch.setattr(CollapseAlarm, "HIGH", -2.0)
-    keys = ("SSOD.CONTRASTIVE.ENABLED", True, "SSOD.FILTER.UNDECIDED_THRESH", 0.05)
-    keys += ("SSOD.LOG_PERIOD", 1, "SSOD.DATA.VAL_JSON", "")
-    Run(tiny_config(shapes, tmp_path, *keys)).train()
-    assert sum("different classes" in message for message in caplog.messages) == 1

@@ -95,8 +95,7 @@ class DASO(FixMatch):
             self.age = 0
         similarity = similarity_probs(embeddings, self.queue.prototypes())
         coefficients = blend_coefficients(self.counts, T_DIST)
-        # The functions take a background as their last column: there is none.
-        probs = blend_class_probs(F.pad(probs, (0, 1)), similarity, coefficients)[:, :-1]
+        probs = blend_class_probs(probs, similarity, coefficients)
         self.window_counts += probs.argmax(1).bincount(minlength=len(self.counts))
         self.age += 1
         return probs

@@ -127,6 +127,21 @@ CASES = {
         trains=True,
         is_local=True,
     ),
+    "DASO, CCSSL": Case(
+        keys=(
+            "SSOD.FILTER.SCORE_THRESH",
+            0.0,
+            "SSOD.FILTER.UNDECIDED_THRESH",
+            0.0,
+            *PAIRS,
+            *COUNTS,
+        ),
+        methods=("CONTRASTIVE", "DASO"),
+        losses=(*CONTRASTIVE["losses"], *DASO["losses"]),
+        off=(*CONTRASTIVE["off"], *DASO["off"]),
+        trains=True,
+        is_local=True,
+    ),
     "DASO": Case(keys=("SSOD.FILTER.SCORE_THRESH", 0.0, *COUNTS), **DASO),
     "DASO, SoftMatch": Case("SoftMatchWeighting", (*SOFT, *COUNTS), **DASO),
     "DASO, LabelMatch, LSM": Case(

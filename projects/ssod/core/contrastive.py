@@ -143,6 +143,8 @@ class ClassAwareContrast(Method):
         self.ramp_iters = ramp_iters
         self.push_thresh = push_thresh
         self.views = views
+        if student.num_classes < 2:
+            raise InputError("SSOD.CONTRASTIVE needs at least 2 classes to tell apart, got 1")
         width = student.classifier.in_features
         self.projection = nn.Sequential(
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, PROJECTION_SIZE)
@@ -201,18 +203,15 @@ def _best_boxes(labels: list[PseudoLabels]) -> list[Tensor]:
 def _describe(
     view_a: Tensor, view_b: Tensor, classes: Tensor, targets: Tensor, num_images: int
 ) -> dict[str, Tensor]:
-    """Return metrics of (N, D) views of N boxes; what there are no pairs for is 0."""
+    """Return metrics of (N, D) views of N boxes; what there are no pairs for is nan."""
     other = ~torch.eye(len(classes), dtype=torch.bool, device=classes.device)
     is_same = classes[:, None] == classes
     same, different = is_same & other, ~is_same
     cosines = view_a @ view_b.T
-    pulled, pushed = (
-        (cosines * pairs).sum() / pairs.sum().clamp(min=1) for pairs in (same, different)
-    )
-    has_both = same.any() & different.any()
+    pulled, pushed = ((cosines * pairs).sum() / pairs.sum() for pairs in (same, different))
     return {
         "pseudo/contrast_boxes_per_image": cosines.new_full((), len(classes) / num_images),
-        "pseudo/contrast_gap": (pulled - pushed) * has_both,
+        "pseudo/contrast_gap": pulled - pushed,
         "pseudo/contrast_other_class_cosine": pushed,
         "pseudo/contrast_share_with_pairs": ((targets > 0) & other).any(1).sum()
         / max(len(classes), 1),

@@ -116,6 +116,8 @@ class DASO(Method):
             if not value >= least:
                 raise InputError(f"SSOD.DASO.{key} must be at least {least}, got {value}")
         num_classes = student.num_classes
+        if num_classes < 2:
+            raise InputError(f"SSOD.DASO needs at least 2 classes to blend, got {num_classes}")
         self.weight = weight
         self.t_dist = t_dist
         self.t_proto = t_proto

@@ -158,7 +158,8 @@ class LabelMatch(Method):
         rows = kept_rows([r > 0 for r in rest.split(counts)])
         boxes = [b[row] for b, row in zip(samples.boxes, rows, strict=True)]
         teacher = step.teacher.score_regions(step.teacher_features, boxes)
-        probs = step.rescore(teacher.logits.softmax(1), teacher.embeddings)
+        before = teacher.logits.softmax(1)
+        probs = step.rescore(before, teacher.embeddings)
         starts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
         flat = torch.cat([row + start for row, start in zip(rows, starts, strict=True)])
         if self.mining != "none":
@@ -181,8 +182,9 @@ class LabelMatch(Method):
                 weights=samples.weights.masked_fill(is_mined, 1),
                 box_weights=samples.box_weights.masked_fill(is_mined, 1),
             )
-        # Logits of what the other methods make of the probabilities, which may be 0.
-        logits = probs.clamp(min=torch.finfo(probs.dtype).tiny).log()
+        # Exactly the teacher's where no method has changed the probabilities, which may be 0.
+        tiny = torch.finfo(probs.dtype).tiny
+        logits = teacher.logits + (probs.clamp(min=tiny) / before.clamp(min=tiny)).log()
         step.shared["LabelMatch"] = flat, logits, rest[flat]
         return samples
 

@@ -74,18 +74,19 @@ def blend_class_probs(class_probs: Tensor, similarity: Tensor, coefficients: Ten
     own: it has no prototype, and would be by far the most frequent class.
 
     Args:
-        class_probs: (R, K + 1); R = 0 is allowed.
+        class_probs: (R, K + 1), or (R, K) without background; R = 0 is allowed.
         similarity: (R, K) distributions q.
         coefficients: (K,) v in [0, 1]. Where it is 0, rows stay as they are, bit for bit.
 
     Returns:
-        (R, K + 1) with the sums of the rows kept.
+        As `class_probs`, with the sums of the rows kept.
     """
-    foreground = class_probs[:, :-1]
+    num_classes = similarity.shape[1]
+    foreground = class_probs[:, :num_classes]
     share = coefficients.to(foreground)[foreground.argmax(1)][:, None]
     mass = foreground.sum(1, keepdim=True)
     blended = (1 - share) * foreground + share * mass * similarity.to(foreground)
-    return torch.cat([torch.where(share > 0, blended, foreground), class_probs[:, -1:]], 1)
+    return torch.cat([torch.where(share > 0, blended, foreground), class_probs[:, num_classes:]], 1)
 
 
 def semantic_alignment_loss(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 from fvcore.common.config import CfgNode
@@ -164,8 +165,10 @@ class BoundAlarm:
     def update(self, iteration: int, metrics: dict[str, float]) -> None:
         """Look at what `MetricWindow.read` returns; what is not there says nothing."""
         for name in self._values.keys() & metrics.keys():
+            if "daso" in name and not metrics["pseudo/daso_coefficient"]:
+                continue  # nothing is blended yet
             since = self._since.setdefault(name, iteration)
-            if metrics[name]:  # 0: there was nothing to measure
+            if math.isfinite(metrics[name]):  # not without anything to measure
                 self._values[name].append(metrics[name])
             if iteration - since < self.PATIENCE:
                 continue

@@ -200,6 +200,12 @@ class TrainingStep:
             InputError: for the state of another optimizer, or for other parameters.
         """
         load_optimizer(self.optimizer, state, source)
+        if not self.model.teacher_started:
+            # Earlier versions let the optimizer count gradients of zero as steps.
+            for parameter in self.model.methods.parameters():
+                for value in self.optimizer.state.get(parameter, {}).values():
+                    if isinstance(value, Tensor):
+                        value.zero_()
         self.num_skipped, self._num_skipped_in_row = state.get("skipped", (0, 0))
         if "window" in state:
             self._window.load_state_dict(state["window"], self._device)

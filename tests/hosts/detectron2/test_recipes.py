@@ -294,10 +294,11 @@ def test_lsm_is_added_to_the_recipe_with_the_published_thresholds(name):
 
 
 @pytest.mark.parametrize("name", DASO)
-def test_daso_is_added_to_the_recipe_with_the_published_delay(name):
+def test_daso_is_added_to_the_recipe_with_the_published_delay_and_weight(name):
     recipe = name.replace("daso", "unbiased_teacher")
-    added = {"SSOD.DASO.ENABLED": True, "SSOD.DASO.DELAY": 3600}
+    added = {"SSOD.DASO.ENABLED": True, "SSOD.DASO.DELAY": 3600, "SSOD.DASO.WEIGHT": 0.25}
     assert _difference(name, recipe) == added
+    assert added["SSOD.DASO.WEIGHT"] * _config(name).SSOD.UNSUP_LOSS_WEIGHT == 1
     assert added["SSOD.DASO.DELAY"] == 0.02 * _config(name).SOLVER.MAX_ITER
 
 

@@ -1,4 +1,5 @@
 import logging
+import math
 
 import pytest
 import torch
@@ -157,7 +158,8 @@ def _bound_warnings(caplog, name, values):
     alarm = BoundAlarm()
     with caplog.at_level(logging.WARNING):
         for index, value in enumerate(values):
-            alarm.update(20 * index, {} if value is None else {name: value})
+            found = {} if value is None else {name: value}
+            alarm.update(20 * index, found | {"pseudo/daso_coefficient": 0.5})
     return caplog.messages
 
 
@@ -168,7 +170,7 @@ def _bound_warnings(caplog, name, values):
         (CHANGE, [0.6, 0.2] * 60, ["windows", "difference of 0.40", "SSOD.DASO.WINDOW"]),
         (CONTRAST, [0.95] * 100, ["cosine of 0.95", "SSOD.CONTRASTIVE.WEIGHT"]),
         (CONTRAST, [None] * 50 + [0.99, 0.89] * 50, ["cosine of 0.94"]),
-        (CONTRAST, [0.0, 0.0, 0.95] * 50, ["cosine of 0.95"]),  # there is rarely a pair
+        (CONTRAST, [math.nan, math.nan, 0.95] * 50, ["cosine of 0.95"]),  # there is rarely a pair
         (CONTRAST, [0.3] * 50 + [0.95] * 50, ["cosine of 0.95"]),
     ],
 )
@@ -181,14 +183,17 @@ def test_what_is_too_high_for_long_is_told_once(caplog, name, values, parts):
 def test_each_metric_has_a_warning_of_its_own(caplog):
     alarm = BoundAlarm()
     for iteration in range(0, 3000, 20):
-        alarm.update(iteration, {COSINE: 0.95, CHANGE: 0.1, CONTRAST: 0.99})
-    assert len(caplog.messages) == 2
+        is_blended = iteration >= 2000
+        values = {COSINE: 0.95, CHANGE: 0.1, CONTRAST: 0.99}
+        alarm.update(iteration, values | {"pseudo/daso_coefficient": float(is_blended)})
+        # Before anything is blended, prototypes do no harm.
+        assert len(caplog.messages) == (iteration >= 500) + (iteration >= 2500)
 
 
 @pytest.mark.parametrize("name", [COSINE, CHANGE, CONTRAST])
 @pytest.mark.parametrize(
     "values",
-    [[0.25] * 100, [0.99] * 20, [0.99] * 5 + [0.1] * 95, [None] * 100, [0.0] * 100],
+    [[0.25] * 100, [0.99] * 20, [0.99] * 5 + [0.1] * 95, [None] * 100, [math.nan] * 100],
     ids=["in range", "not for long", "at the start", "no such method", "nothing measured"],
 )
 def test_what_is_in_bounds_is_not_told(caplog, name, values):
@@ -201,6 +206,10 @@ def test_a_run_whose_embeddings_are_alike_warns(shapes, tmp_path, monkeypatch, c
     monkeypatch.setattr(BoundAlarm, "BOUNDS", {name: (-2.0, *BoundAlarm.BOUNDS[name][1:])})
     keys = (f"SSOD.{group}.ENABLED", True, "SSOD.FILTER.UNDECIDED_THRESH", 0.05)
     keys += ("SSOD.LOG_PERIOD", 1, "SSOD.DATA.VAL_JSON", "")
+    # Enough boxes that something is blended.
+    keys += ("SSOD.DASO.DELAY", 0, "SSOD.DASO.WINDOW", 1, "SSOD.DASO.POOL_FLOOR", 0.0)
+    keys += ("TEST.DETECTIONS_PER_IMAGE", 100, "SOLVER.IMS_PER_BATCH", 4)
+    keys += ("SSOD.DATA.UNLABELED_PER_BATCH", 4, "SOLVER.MAX_ITER", 8)
     Run(tiny_config(shapes, tmp_path, *keys)).train()
     assert sum("mean cosine of" in message for message in caplog.messages) == 1
 

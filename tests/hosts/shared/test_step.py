@@ -236,6 +236,25 @@ def test_state_of_a_methods_parameters_starts_with_the_teacher(host, tmp_path, s
     assert {int(state[p]["step"]) for p in run.model.student.parameters() if p in state} == {4}
 
 
+def test_steps_that_earlier_versions_counted_in_a_burn_in_are_forgotten(host, tmp_path):
+    keys = ("SSOD.LSM.ENABLED", True, "SSOD.FILTER.UNDECIDED_THRESH", 0.05)
+    keys += ("SSOD.OPTIMIZER", "AdamW", "SSOD.BURN_IN_ITERS", 100)
+    host.train(tmp_path, *keys, *_until(1))
+    step = host.open(tmp_path, *keys).step
+    parameters = [p for group in step.optimizer.param_groups for p in group["params"]]
+    methods = list(step.model.methods.parameters())
+    state = step.state_dict()
+    for index, parameter in enumerate(parameters):
+        if any(parameter is other for other in methods):
+            moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), torch.ones_like(parameter))
+            state["optimizer"]["state"][index] = moments | {"step": torch.tensor(5.0)}
+    step.load_state_dict(state, "an old checkpoint")
+    found = step.optimizer.state
+    assert len(methods) == 2
+    assert not any(value.any() for p in methods for value in found[p].values())
+    assert all(found[p]["step"] == 1 for p in step.model.student.parameters() if p in found)
+
+
 def test_first_momentum_is_kept_without_a_burn_in(host, tmp_path):
     lsm = ("SSOD.LSM.ENABLED", True, "SSOD.FILTER.UNDECIDED_THRESH", 0.05, "SSOD.BURN_IN_ITERS", 0)
     run = host.train(tmp_path, *lsm, "SOLVER.WEIGHT_DECAY", 0, *_until(1))

@@ -208,51 +208,42 @@ def test_methods_are_those_that_are_enabled():
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("group", "key", "value", "message"),
     [
-        ("WEIGHT", -1.0, "must be at least 0, got -1.0"),
-        ("NORMALIZER", "all", r"must be one of \('sampled', 'matched'\), got 'all'"),
-        ("MINING", "on", r"must be one of \('student', 'teacher', 'none'\), got 'on'"),
+        ("LABEL_MATCH", "WEIGHT", -1.0, "must be at least 0, got -1.0"),
+        ("LABEL_MATCH", "NORMALIZER", "all", r"must be one of \('sampled', 'matched'\), got 'all'"),
+        (
+            "LABEL_MATCH",
+            "MINING",
+            "on",
+            r"must be one of \('student', 'teacher', 'none'\), got 'on'",
+        ),
+        ("CONTRASTIVE", "WEIGHT", -1.0, "must be at least 0, got -1.0"),
+        ("CONTRASTIVE", "RAMP_ITERS", -1, "must be at least 0, got -1"),
+        ("CONTRASTIVE", "PUSH_THRESH", 1.5, r"must be in \[0, 1\], got 1.5"),
+        ("CONTRASTIVE", "VIEWS", "weak", r"must be one of \('teacher', 'student'\), got 'weak'"),
+        ("DASO", "WEIGHT", -1.0, "must be at least 0, got -1.0"),
+        ("DASO", "T_DIST", 0.0, "must be above 0, got 0.0"),
+        ("DASO", "T_PROTO", -0.5, "must be above 0, got -0.5"),
+        ("DASO", "MAX_BLEND", 1.5, r"must be in \[0, 1\], got 1.5"),
+        ("DASO", "QUEUE_LENGTH", 0, "must be at least 1, got 0"),
+        ("DASO", "DELAY", -1, "must be at least 0, got -1"),
+        ("DASO", "WINDOW", 0, "must be at least 1, got 0"),
+        ("DASO", "POOL_FLOOR", ".nan", r"must be in \[0, 1\], got nan"),
     ],
 )
-def test_bad_values_of_label_match_are_one_line(key, value, message):
-    cfg = _config("SSOD.LABEL_MATCH.ENABLED", True, f"SSOD.LABEL_MATCH.{key}", value)
-    with pytest.raises(InputError, match=f"^SSOD.LABEL_MATCH.{key} {message}$"):
+def test_bad_values_of_methods_are_one_line(group, key, value, message):
+    cfg = _config(f"SSOD.{group}.ENABLED", True, f"SSOD.{group}.{key}", value)
+    with pytest.raises(InputError, match=f"^SSOD.{group}.{key} {message}$"):
         build_methods(cfg, FakeDetector())
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("WEIGHT", -1.0, "must be at least 0, got -1.0"),
-        ("RAMP_ITERS", -1, "must be at least 0, got -1"),
-        ("PUSH_THRESH", 1.5, r"must be in \[0, 1\], got 1.5"),
-        ("VIEWS", "weak", r"must be one of \('teacher', 'student'\), got 'weak'"),
-    ],
-)
-def test_bad_values_of_the_contrast_are_one_line(key, value, message):
-    cfg = _config("SSOD.CONTRASTIVE.ENABLED", True, f"SSOD.CONTRASTIVE.{key}", value)
-    with pytest.raises(InputError, match=f"^SSOD.CONTRASTIVE.{key} {message}$"):
-        build_methods(cfg, FakeDetector())
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("WEIGHT", -1.0, "must be at least 0, got -1.0"),
-        ("T_DIST", 0.0, "must be above 0, got 0.0"),
-        ("T_PROTO", -0.5, "must be above 0, got -0.5"),
-        ("MAX_BLEND", 1.5, r"must be in \[0, 1\], got 1.5"),
-        ("QUEUE_LENGTH", 0, "must be at least 1, got 0"),
-        ("DELAY", -1, "must be at least 0, got -1"),
-        ("WINDOW", 0, "must be at least 1, got 0"),
-        ("POOL_FLOOR", ".nan", r"must be in \[0, 1\], got nan"),
-    ],
-)
-def test_bad_values_of_daso_are_one_line(key, value, message):
-    cfg = _config("SSOD.DASO.ENABLED", True, f"SSOD.DASO.{key}", value)
-    with pytest.raises(InputError, match=f"^SSOD.DASO.{key} {message}$"):
-        build_methods(cfg, FakeDetector())
+@pytest.mark.parametrize("group", ["DASO", "CONTRASTIVE"])
+def test_methods_that_compare_classes_refuse_one_class(group):
+    student = FakeDetector()
+    student.num_classes = 1
+    with pytest.raises(InputError, match=f"^SSOD.{group} needs at least 2 classes .*, got 1$"):
+        build_methods(_config(f"SSOD.{group}.ENABLED", True), student)
 
 
 def test_keys_of_the_mean_teacher_reach_it():

@@ -35,10 +35,13 @@ ROWS = (
 )
 METRICS = ("AP", "AP50", "AP_S", "AP_M", "AP_L")
 COLUMNS = ("trained on Shapes", *METRICS, "min", "images/s")
-FILTER_STATE = (  # of the metrics `pseudo/...`, those that show what a filter does
+STATE = (  # of the metrics `pseudo/...`, those that show what filter and methods do
     *("mean_weight", "mean_score", "reliable_thresh", "uncertain_thresh"),
-    *("running_mean", "running_var", "class_kl"),
+    *("running_mean", "running_var", "class_kl", "mined_per_image"),
+    *("daso_prototype_cosine", "daso_changed", "daso_class_kl"),
+    *("contrast_gap", "contrast_other_class_cosine"),
 )
+RIGHT = ("kl", "per_image")  # ends of names of what is on an axis of its own: no share of 1
 SHOWN_SCORE = 0.5  # predictions below it are left out of the picture
 Row = dict[str, str | float]
 Log = list[dict[str, float]]
@@ -238,18 +241,19 @@ def _curves(lines: dict[str, Log]) -> dict[str, list[Curve]]:
         return Curve(label, [line["iteration"] for line in chosen], values, right)
 
     ssl = "semi_supervised"
-    # What there is depends on the filter.
-    state = [key for key in FILTER_STATE if any(f"pseudo/{key}" in line for line in lines[ssl])]
+    # What there is depends on the filter and the methods.
+    state = [key for key in STATE if any(f"pseudo/{key}" in line for line in lines[ssl])]
     return {
         "Validation AP": [curve(title, run, f"{model}/AP") for title, run, model in ROWS],
         "Pseudo-labels on unlabeled images": [
             curve("precision", ssl, "pseudo/precision"),
             curve("recall", ssl, "pseudo/recall"),
+            curve("recall of rare classes", ssl, "pseudo/recall_tail"),
             curve("boxes per image", ssl, "pseudo/boxes_per_image", right=True),
             curve("true boxes per image", ssl, "pseudo/true_boxes_per_image", right=True),
         ],
-        "Filter": [
-            curve(key.replace("_", " "), ssl, f"pseudo/{key}", right=key == "class_kl")
+        "Filter and methods": [
+            curve(key.replace("_", " "), ssl, f"pseudo/{key}", right=key.endswith(RIGHT))
             for key in state
         ],
         "Classification losses": [

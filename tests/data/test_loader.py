@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from ssod.core.geometry import map_boxes
 from ssod.core.structures import TwoStreamBatch, Views
-from ssod.data.geometry import map_boxes
 from ssod.data.images import read_image
 from ssod.data.loader import FailedImages, build_test_loader, build_two_stream_loader
 from ssod.data.records import DetectionDataset, ImageRecord

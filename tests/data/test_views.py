@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ssod.data.geometry import map_boxes
+from ssod.core.geometry import map_boxes
 from ssod.data.images import read_image
 from ssod.data.photometric import strong_augment
 from ssod.data.views import make_test_view, make_views, resize_shortest_edge

@@ -142,16 +142,40 @@ class ImageBatch(TensorFields):
 
 
 @dataclass
+class Layer(TensorFields):
+    """
+    What S strong views show: one weak view each, in pixels that a matrix relates.
+
+    Attributes:
+        images: row of the weak view that each strong view shows.
+        matrices: (S, 3, 3) from its pixels to those of the strong view; None if they are the same.
+    """
+
+    images: list[int]
+    matrices: Tensor | None = None
+
+
+@dataclass
 class Views(TensorFields):
     """
-    A batch of images in augmentations of the same geometry.
+    A batch of images in two augmentations.
+
+    They have the same geometry, so that boxes hold for both, unless there is `to_strong`.
 
     Attributes:
         weak: N uint8 RGB (3, h, w) tensors: resized and maybe flipped. Empty if not learned.
-        strong: the same pixels after the photometric recipe, so boxes hold for both. Likewise.
-        targets: (M_i,) ground truth in pixels of the views, None for unlabeled images.
+        strong: the same after the photometric recipe. Likewise.
+        targets: (M_i,) ground truth in pixels of the weak views, None for unlabeled images.
         image_ids: where each image came from, for messages and pictures.
-        second_strong: like `strong`, drawn independently. Empty unless a method asks for it.
+        second_strong: of the weak views' pixels, drawn independently. Empty unless a method asks
+            for it.
+        to_strong: (N, 3, 3) from pixels of the weak to those of the strong views, None if they are
+            the same.
+        strong_targets: those of `targets` that are left in the strong views, in pixels of these;
+            None if they are the same.
+        erased: (E_i, 4) erased rectangles of strong views, empty if `to_strong` is None.
+        layers: of the strong views of unlabeled images once they have pseudo-labels; several if
+            they were mixed.
     """
 
     weak: list[Tensor]
@@ -159,15 +183,24 @@ class Views(TensorFields):
     targets: list[Targets] | None
     image_ids: list[int | str]
     second_strong: list[Tensor] = field(default_factory=list)
+    to_strong: Tensor | None = None
+    strong_targets: list[Targets] | None = None
+    erased: list[Tensor] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: slice) -> Views:
-        """Select images by a slice, maybe none."""
-        targets = None if self.targets is None else self.targets[index]
-        views = (self.weak[index], self.strong[index], targets, self.image_ids[index])
-        return Views(*views, self.second_strong[index])
+        """Select images by a slice, maybe none; before there are layers."""
+        assert not self.layers, "they refer to rows"
+        return replace(
+            self,
+            **{
+                f.name: None if (value := getattr(self, f.name)) is None else value[index]
+                for f in fields(self)
+            },
+        )
 
     def split(self, parts: int) -> list[Views]:
         """Divide the images into equal parts, in order; ValueError if that is not possible."""

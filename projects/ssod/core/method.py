@@ -8,15 +8,20 @@ D embedding size.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
+import torch
 from fvcore.common.registry import Registry
 from torch import Tensor, nn
+from torchvision.ops import clip_boxes_to_image
 
+from ssod.core.geometry import map_boxes
 from ssod.core.interfaces import Candidates, Features, LossOutput, RegionDetector, Rescore
 from ssod.core.structures import (
     Detections,
     ImageBatch,
+    Layer,
     PseudoLabels,
     RegionOutput,
     RegionSamples,
@@ -45,14 +50,15 @@ class Step:
         labeled_batch: the views that are learned, of N images; "both" has the strong ones first.
         labeled_features: the student's, of `labeled_batch`.
         labeled_output: the student's losses of `labeled_batch`.
-        unlabeled: views of unlabeled images; None while the iteration uses none, like all below.
+        unlabeled: views of N unlabeled images; None while the iteration uses none, like all below.
+            Of S strong views, which `mix` may have changed.
         teacher_features: of the weak views.
         candidates: what the teacher sees in the weak views before non-maximum suppression.
         detections: the teacher's, in the weak views.
         pseudo_labels: what the filter kept of them, undecided boxes included. A method that decides
             about boxes in this iteration changes them here, for the methods after it as well.
         learned: those of them that are the main branch's targets, as they were then.
-        batch: the strong views, of N images.
+        batch: the S strong views.
         features: the student's, of `batch`.
         main: the main branch's losses of `batch`.
         shared: what a method computes in one hook for another, under names of its own.
@@ -77,6 +83,42 @@ class Step:
     main: LossOutput | None = None
     shared: dict[str, Any] = field(default_factory=dict)
     rescore: Rescore = lambda class_probs, embeddings: class_probs
+
+    def weak_boxes(self, layer: Layer, boxes: list[Tensor]) -> list[Tensor]:
+        """Return where a layer of the strong views has their boxes, (R_i, 4), in the weak view."""
+        assert self.unlabeled is not None, "there are unlabeled images"
+        if layer.matrices is None:
+            return boxes
+        back = torch.linalg.inv_ex(layer.matrices).inverse  # without waiting for the device
+        sizes = [self.unlabeled.weak[image].shape[1:] for image in layer.images]
+        mapped = zip(boxes, back, sizes, strict=True)
+        return [clip_boxes_to_image(map_boxes(b, m), (h, w)) for b, m, (h, w) in mapped]
+
+    @torch.no_grad()
+    def ask_teacher(self, layer: Layer, boxes: list[Tensor]) -> RegionOutput:
+        """
+        Score regions of weak views by the teacher, not rescored.
+
+        Args:
+            layer: which weak view is meant for each strong one.
+            boxes: (R_i, 4) in pixels of the weak view, for each of the S strong views.
+
+        Returns:
+            R = sum(R_i) rows in the order of `boxes`; R = 0 is allowed.
+        """
+        assert self.unlabeled is not None, "there are unlabeled images"
+        if layer.images == list(range(len(self.unlabeled))):
+            return self.teacher.score_regions(self.teacher_features, boxes)
+        # The regions of each weak view together, and back.
+        order = sorted(range(len(boxes)), key=lambda row: layer.images[row])
+        per_image = [
+            torch.cat([boxes[row] for row in order if layer.images[row] == i] or [boxes[0][:0]])
+            for i in range(len(self.unlabeled))
+        ]
+        output = self.teacher.score_regions(self.teacher_features, per_image)
+        ends = dict(zip(order, accumulate(len(boxes[row]) for row in order), strict=True))
+        back = [torch.arange(ends[i] - len(b), ends[i]) for i, b in enumerate(boxes)]
+        return output[torch.cat(back).to(boxes[0].device)]
 
 
 class Method(nn.Module):
@@ -119,7 +161,17 @@ class Method(nn.Module):
     def mix(
         self, views: Views, pseudo_labels: list[PseudoLabels]
     ) -> tuple[Views, list[PseudoLabels]]:
-        """Change the unlabeled images and their pseudo-labels before the student sees them."""
+        """
+        Change the strong views of unlabeled images and their pseudo-labels, before the student.
+
+        Args:
+            views: of N images; S strong views, with `layers` that say what they show. Weak views
+                stay as they are.
+            pseudo_labels: of each strong view.
+
+        Returns:
+            Views with other `strong` and `layers`, and the pseudo-labels of each.
+        """
         return views, pseudo_labels
 
     def reweight(self, step: Step, samples: RegionSamples, regions: RegionOutput) -> RegionSamples:

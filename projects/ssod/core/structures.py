@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssod.core.batch import ImageBatch as ImageBatch
+from ssod.core.batch import Layer as Layer
 from ssod.core.batch import RowFields, Targets, TensorFields
 from ssod.core.batch import TwoStreamBatch as TwoStreamBatch
 from ssod.core.batch import Views as Views
@@ -47,13 +48,15 @@ class PseudoLabels(RowFields):
     Teacher detections of one image that a filter kept.
 
     Attributes:
-        boxes: (R, 4) pixels of the unlabeled image's views.
+        boxes: (R, 4) pixels of the view that the student learns them in.
         classes: (R,) int64 in [0, K).
         scores: (R,) in [0, 1].
         weights: (R,) factor on the classification loss of regions matched to the box.
         box_weights: (R,) the same for their box regression loss.
         class_probs: (R, K + 1) teacher distribution.
         reliable: (R,) bool, False for boxes that a filter kept but left undecided.
+        found: (R, 4) the box in pixels of the weak view; `boxes` if it is left out.
+        layer: (R,) int64, of the view's layers, that of the weak view; 0 if it is left out.
     """
 
     boxes: Tensor
@@ -63,6 +66,15 @@ class PseudoLabels(RowFields):
     box_weights: Tensor
     class_probs: Tensor
     reliable: Tensor
+    found: Tensor = None  # type: ignore[assignment]
+    layer: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.found is None:
+            self.found = self.boxes
+        if self.layer is None:
+            self.layer = torch.zeros_like(self.classes)
+        super().__post_init__()
 
     def to_targets(self) -> Targets:
         """Return (R,) hard-label training targets with these weights; R = 0 is allowed."""

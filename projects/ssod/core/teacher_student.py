@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 
 from ssod.core.ema import update_ema
 from ssod.core.filters import PseudoLabelFilter, kept_rows
+from ssod.core.geometry import transfer_boxes
 from ssod.core.interfaces import RegionDetector
 from ssod.core.method import Method, Step
 from ssod.core.structures import (
+    Layer,
     PseudoLabels,
     RegionOutput,
     RegionSamples,
@@ -152,6 +155,7 @@ class TeacherStudent(nn.Module):
             step.unlabeled = batch.unlabeled
             self.detect(step)
             step.pseudo_labels = self.pseudo_label_filter(step.detections)
+            transfer(step)
             losses |= self.unsupervised_losses(step)
             self.metrics = _describe(step.pseudo_labels) | self.pseudo_label_filter.metrics()
         else:
@@ -210,13 +214,13 @@ class TeacherStudent(nn.Module):
     def supervised_losses(self, step: Step) -> dict[str, Tensor]:
         """Return the student's losses on the chosen views of labeled images; fills the record."""
         labeled = step.labeled
-        views = {
-            "both": labeled.strong + labeled.weak,
-            "strong": labeled.strong,
-            "weak": labeled.weak,
-        }[self.labeled_views]
         assert labeled.targets is not None, "labeled images come with targets"
-        targets = labeled.targets * (len(views) // len(labeled))
+        strong_targets = labeled.strong_targets or labeled.targets
+        views, targets = {
+            "both": (labeled.strong + labeled.weak, strong_targets + labeled.targets),
+            "strong": (labeled.strong, strong_targets),
+            "weak": (labeled.weak, labeled.targets),
+        }[self.labeled_views]
         step.labeled_batch = self.student.preprocess(views)
         step.labeled_features = self.student.features(step.labeled_batch)
         step.labeled_output = self.student.losses(
@@ -264,6 +268,32 @@ class TeacherStudent(nn.Module):
     def method_losses(self, name: str, method: Method, step: Step) -> dict[str, Tensor]:
         """Return the losses of one method; hosts may keep apart what their parts log in it."""
         return method.losses(step)
+
+
+@torch.no_grad()
+def transfer(step: Step) -> None:
+    """
+    Move the pseudo-boxes from the weak views that they were found in to the strong ones.
+
+    Those of which too little is left there go, as `transfer_boxes` says.
+    """
+    views = step.unlabeled
+    assert views is not None, "there are unlabeled images"
+    layer = Layer(list(range(len(views))), views.to_strong)
+    step.unlabeled = replace(views, layers=[layer])
+    if views.to_strong is None:
+        return
+    moved = [
+        transfer_boxes(p.boxes, matrix, (strong.shape[1], strong.shape[2]), erased)
+        for p, matrix, strong, erased in zip(
+            step.pseudo_labels, views.to_strong, views.strong, views.erased, strict=True
+        )
+    ]
+    rows = kept_rows([is_visible for _, is_visible in moved])
+    step.pseudo_labels = [
+        replace(p, boxes=boxes, found=p.boxes)[row]
+        for p, (boxes, _), row in zip(step.pseudo_labels, moved, rows, strict=True)
+    ]
 
 
 def _describe(pseudo_labels: list[PseudoLabels]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ssod.data.geometry import map_boxes, view_matrix
+from ssod.core.geometry import map_boxes, view_matrix
 from ssod.data.photometric import strong_augment
 
 

@@ -9,11 +9,11 @@ import torch
 from fvcore.common.config import CfgNode
 from torch import Tensor, nn
 
+from ssod.core.geometry import map_boxes
 from ssod.core.interfaces import RegionDetector, Rescore
 from ssod.core.structures import Detections, PseudoLabels
 from ssod.core.teacher_student import TeacherStudent
 from ssod.data.datasets import DetectionDataset, ImageRecord
-from ssod.data.geometry import map_boxes
 from ssod.data.loader import build_test_loader
 from ssod.evaluation.coco_metrics import detections_to_coco
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ssod.data.geometry import map_boxes, view_matrix
+from ssod.core.geometry import map_boxes, view_matrix
 
 
 def _map_box_slowly(box, matrix):

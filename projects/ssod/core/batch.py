@@ -174,8 +174,8 @@ class Views(TensorFields):
         strong_targets: those of `targets` that are left in the strong views, in pixels of these;
             None if they are the same.
         erased: (E_i, 4) erased rectangles of strong views, empty if `to_strong` is None.
-        layers: of the strong views of unlabeled images once they have pseudo-labels; several if
-            they were mixed.
+        layers: of the strong views; left out, the i-th one shows the i-th weak view. Several if
+            images were mixed.
     """
 
     weak: list[Tensor]
@@ -188,19 +188,19 @@ class Views(TensorFields):
     erased: list[Tensor] = field(default_factory=list)
     layers: list[Layer] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if not self.layers:
+            self.layers = [Layer(list(range(len(self))), self.to_strong)]
+
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: slice) -> Views:
-        """Select images by a slice, maybe none; before there are layers."""
-        assert not self.layers, "they refer to rows"
-        return replace(
-            self,
-            **{
-                f.name: None if (value := getattr(self, f.name)) is None else value[index]
-                for f in fields(self)
-            },
-        )
+        """Select images by a slice, maybe none, before they are mixed."""
+        names = [f.name for f in fields(self) if f.name != "layers"]
+        values = [(name, getattr(self, name)) for name in names]
+        parts: dict[str, Any] = {name: None if v is None else v[index] for name, v in values}
+        return Views(**parts)
 
     def split(self, parts: int) -> list[Views]:
         """Divide the images into equal parts, in order; ValueError if that is not possible."""

@@ -18,7 +18,7 @@ from torchvision.ops import batched_nms
 
 from ssod.core.filters import kept_rows
 from ssod.core.interfaces import RegionDetector
-from ssod.core.method import METHOD_REGISTRY, Method, Step
+from ssod.core.method import METHOD_REGISTRY, Method, Step, choose_layer, score_shown
 from ssod.core.structures import PseudoLabels
 from ssod.errors import InputError
 
@@ -158,7 +158,7 @@ class ClassAwareContrast(Method):
         boxes = [p.boxes for p in kept]
         with step.student.fixed_norm_statistics():
             embeddings = step.student.score_regions(step.features, boxes).embeddings
-            others = self._second_view(step, boxes)
+            others = self._second_view(step, kept)
         pseudo = PseudoLabels.cat(kept)
         with torch.autocast(embeddings.device.type, enabled=False):
             view_a = self._project(embeddings)
@@ -176,14 +176,21 @@ class ClassAwareContrast(Method):
         """Return what the contrast was of, and how far its classes are apart."""
         return step.shared.get("ClassAwareContrast", {})
 
-    def _second_view(self, step: Step, boxes: list[Tensor]) -> Tensor:
+    def _second_view(self, step: Step, labels: list[PseudoLabels]) -> Tensor:
         """Return the (N, D) embeddings of boxes in the other view."""
-        if self.views == "teacher":
-            with torch.no_grad():
-                return step.teacher.score_regions(step.teacher_features, boxes).embeddings
-        assert step.unlabeled is not None, "there are unlabeled images"
-        features = step.student.features(step.student.preprocess(step.unlabeled.second_strong))
-        return step.student.score_regions(features, boxes).embeddings
+        views = step.unlabeled
+        assert views is not None, "there are unlabeled images"
+        detector, features = step.teacher, step.teacher_features
+        if self.views == "student":
+            detector = step.student
+            features = detector.features(detector.preprocess(views.second_strong))
+        found = [p.found for p in labels]
+        with torch.set_grad_enabled(self.views == "student"):
+            seen = [
+                score_shown(detector, features, len(views), layer, found).embeddings
+                for layer in views.layers
+            ]
+            return choose_layer(seen, torch.cat([p.layer for p in labels]))
 
     def _project(self, embeddings: Tensor) -> Tensor:
         """Return (N, 64) unit vectors, in fp32."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ssod.core.class_queue import ClassQueue
 from ssod.core.distributed import all_reduce_sum
 from ssod.core.interfaces import RegionDetector
-from ssod.core.method import METHOD_REGISTRY, Method, Step
+from ssod.core.method import METHOD_REGISTRY, Method, Step, choose_layer
 from ssod.core.semantic_blend import (
     blend_class_probs,
     blend_coefficients,
@@ -230,8 +230,10 @@ class DASO(Method):
     def _teachers_embeddings(self, step: Step) -> tuple[Tensor, Tensor]:
         """Return (R, D) of the box that a region was matched to, and (R,) if it is in the pool."""
         assert step.main is not None, "after the main branch"
-        boxes = [labels.boxes for labels in step.learned]
-        found = step.teacher.score_regions(step.teacher_features, boxes).embeddings
+        assert step.unlabeled is not None, "there are unlabeled images"
+        boxes = [labels.found for labels in step.learned]
+        seen = [step.ask_teacher(layer, boxes).embeddings for layer in step.unlabeled.layers]
+        found = choose_layer(seen, torch.cat([labels.layer for labels in step.learned]))
         rows = torch.arange(len(found), device=found.device)
         samples = step.main.samples
         matched = samples.look_up(rows.split([len(b) for b in boxes]))

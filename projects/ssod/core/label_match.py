@@ -11,6 +11,7 @@ Shape shorthand: R regions of all images, B pseudo-boxes of all images, K foregr
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from typing import Literal, get_args
 
@@ -19,8 +20,8 @@ from torch import Tensor
 from torchvision.ops import box_iou, clip_boxes_to_image
 
 from ssod.core.filters import kept_rows
-from ssod.core.interfaces import Candidates
-from ssod.core.method import METHOD_REGISTRY, Method, Step
+from ssod.core.interfaces import Candidates, RegionDetector
+from ssod.core.method import METHOD_REGISTRY, Method, Step, choose_layer
 from ssod.core.structures import PseudoLabels, RegionOutput, RegionSamples
 from ssod.errors import InputError
 
@@ -157,19 +158,24 @@ class LabelMatch(Method):
         counts = [len(boxes) for boxes in samples.boxes]
         rows = kept_rows([r > 0 for r in rest.split(counts)])
         boxes = [b[row] for b, row in zip(samples.boxes, rows, strict=True)]
-        teacher = step.teacher.score_regions(step.teacher_features, boxes)
-        before = teacher.logits.softmax(1)
-        probs = step.rescore(before, teacher.embeddings)
         starts = [end - count for end, count in zip(accumulate(counts), counts, strict=True)]
         flat = torch.cat([row + start for row, start in zip(rows, starts, strict=True)])
+        assert step.unlabeled is not None, "there are unlabeled images"
+        layers = step.unlabeled.layers
+        weak_boxes = [step.weak_boxes(layer, boxes) for layer in layers]
+        teacher = [step.ask_teacher(*item) for item in zip(layers, weak_boxes, strict=True)]
+        before = [output.logits.softmax(1) for output in teacher]
+        probs = [
+            step.rescore(p, output.embeddings) for p, output in zip(before, teacher, strict=True)
+        ]
         if self.mining != "none":
             if self.mining == "student":
-                found = Candidates(boxes, teacher, probs)
+                found = [Candidates(*item) for item in zip(weak_boxes, teacher, probs, strict=True)]
                 matched = list(samples.matched[flat].split([len(b) for b in boxes]))
             else:
                 assert step.candidates is not None, "the teacher has looked"
-                found = step.candidates
-                matched = _match(found.boxes, step.pseudo_labels)
+                found = [_of_images(step.candidates, layer.images) for layer in layers]
+                matched = None
             mined = self._mine(step, found, matched)
             step.shared["LabelMatch.mined"] = torch.cat(mined)
             step.pseudo_labels = [
@@ -183,9 +189,13 @@ class LabelMatch(Method):
                 box_weights=samples.box_weights.masked_fill(is_mined, 1),
             )
         # Exactly the teacher's where no method has changed the probabilities, which may be 0.
-        tiny = torch.finfo(probs.dtype).tiny
-        logits = teacher.logits + (probs.clamp(min=tiny) / before.clamp(min=tiny)).log()
-        step.shared["LabelMatch"] = flat, logits, rest[flat]
+        tiny = torch.finfo(probs[0].dtype).tiny
+        logits = [
+            output.logits + (after.clamp(min=tiny) / first.clamp(min=tiny)).log()
+            for output, first, after in zip(teacher, before, probs, strict=True)
+        ]
+        of_layer = samples.look_up([labels.layer for labels in step.pseudo_labels])[flat]
+        step.shared["LabelMatch"] = flat, choose_layer(logits, of_layer), rest[flat]
         return samples
 
     def losses(self, step: Step) -> dict[str, Tensor]:
@@ -212,39 +222,74 @@ class LabelMatch(Method):
             counted["pseudo/mined_per_image"] = step.shared["LabelMatch.mined"]
         return {name: mask.sum() / len(step.pseudo_labels) for name, mask in counted.items()}
 
-    def _mine(self, step: Step, found: Candidates, matched: list[Tensor]) -> list[Tensor]:
-        """Return which of each image's boxes of weight below 1 the teacher is sure of."""
-        assert step.batch is not None, "the student has looked"
-        counts = [len(boxes) for boxes in found.boxes]
-        columns = (found.class_probs.split(counts), found.output.deltas.split(counts))
-        mined = []
-        for boxes, probs, deltas, rows, labels, size in zip(
-            found.boxes, *columns, matched, step.pseudo_labels, step.batch.sizes, strict=True
-        ):
-            if not len(labels):
-                mined.append(labels.reliable)
-                continue
-            known = rows.clamp(max=len(labels) - 1)
-            regions, classes = torch.arange(len(rows), device=rows.device), labels.classes[known]
-            deltas = deltas[regions, classes.clamp(max=deltas.shape[1] - 1)]
-            refined = step.teacher.decode(boxes, deltas[:, None])[:, 0]
-            ious = box_iou(labels.boxes, clip_boxes_to_image(refined, size))[known, regions]
-            bounds = (len(labels), self.min_score, self.min_iou)
-            is_sure = mine_reliable(probs[regions, classes], ious, rows, *bounds)
-            mined.append(is_sure & (labels.weights < 1))
+    def _mine(
+        self, step: Step, found: list[Candidates], matched: list[Tensor] | None
+    ) -> list[Tensor]:
+        """
+        Return which of each strong view's boxes of weight below 1 the teacher is sure of.
+
+        Args:
+            step: of which boxes are decided.
+            found: regions of each layer, in pixels of the weak views.
+            matched: the box of each region; None to match them.
+        """
+        assert step.unlabeled is not None, "there are unlabeled images"
+        mined = [torch.zeros_like(labels.reliable) for labels in step.pseudo_labels]
+        for number, (layer, regions) in enumerate(zip(step.unlabeled.layers, found, strict=True)):
+            counts = [len(boxes) for boxes in regions.boxes]
+            sizes = [step.unlabeled.weak[image].shape[1:] for image in layer.images]
+            own = [labels.layer == number for labels in step.pseudo_labels]
+            sure = map(
+                partial(self._are_sure, step.teacher),
+                step.pseudo_labels,
+                matched or map(_match, regions.boxes, step.pseudo_labels, own),
+                regions.boxes,
+                regions.class_probs.split(counts),
+                regions.output.deltas.split(counts),
+                sizes,
+            )
+            mined = [m | (s & o) for m, s, o in zip(mined, sure, own, strict=True)]
         return mined
 
+    def _are_sure(
+        self,
+        teacher: RegionDetector,
+        labels: PseudoLabels,
+        rows: Tensor,
+        boxes: Tensor,
+        probs: Tensor,
+        deltas: Tensor,
+        size: tuple[int, int],
+    ) -> Tensor:
+        """Return which of one image's boxes are mined, by regions that were matched to `rows`."""
+        if not len(labels):
+            return labels.reliable
+        known = rows.clamp(max=len(labels) - 1)
+        regions, classes = torch.arange(len(rows), device=rows.device), labels.classes[known]
+        deltas = deltas[regions, classes.clamp(max=deltas.shape[1] - 1)]
+        refined = teacher.decode(boxes, deltas[:, None])[:, 0]
+        ious = box_iou(labels.found, clip_boxes_to_image(refined, size))[known, regions]
+        bounds = (len(labels), self.min_score, self.min_iou)
+        return mine_reliable(probs[regions, classes], ious, rows, *bounds) & (labels.weights < 1)
 
-def _match(regions: list[Tensor], pseudo_labels: list[PseudoLabels]) -> list[Tensor]:
-    """Return the box of each region of an image, and the number of boxes for regions of none."""
-    matched = []
-    for boxes, labels in zip(regions, pseudo_labels, strict=True):
-        if len(labels):
-            iou, row = box_iou(labels.boxes, boxes).max(0)
-            matched.append(row.masked_fill(iou < MATCH_IOU, len(labels)))
-        else:
-            matched.append(torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device))
-    return matched
+
+def _match(regions: Tensor, labels: PseudoLabels, own: Tensor) -> Tensor:
+    """Return the box, among its own, of each of an image's regions; else the number of boxes."""
+    if not len(labels):
+        return torch.zeros(len(regions), dtype=torch.int64, device=regions.device)
+    iou, row = box_iou(labels.found, regions).masked_fill(~own[:, None], 0).max(0)
+    return row.masked_fill(iou < MATCH_IOU, len(labels))
+
+
+def _of_images(found: Candidates, images: list[int]) -> Candidates:
+    """Return the candidates of these images, in their order."""
+    counts = [len(boxes) for boxes in found.boxes]
+    if images == list(range(len(counts))):
+        return found
+    rows = torch.arange(sum(counts), device=found.class_probs.device).split(counts)
+    row = torch.cat([rows[image] for image in images])
+    boxes = [found.boxes[image] for image in images]
+    return Candidates(boxes, found.output[row], found.class_probs[row])
 
 
 def _as_reliable(labels: PseudoLabels, mined: Tensor) -> PseudoLabels:

@@ -107,18 +107,44 @@ class Step:
             R = sum(R_i) rows in the order of `boxes`; R = 0 is allowed.
         """
         assert self.unlabeled is not None, "there are unlabeled images"
-        if layer.images == list(range(len(self.unlabeled))):
-            return self.teacher.score_regions(self.teacher_features, boxes)
-        # The regions of each weak view together, and back.
-        order = sorted(range(len(boxes)), key=lambda row: layer.images[row])
-        per_image = [
-            torch.cat([boxes[row] for row in order if layer.images[row] == i] or [boxes[0][:0]])
-            for i in range(len(self.unlabeled))
-        ]
-        output = self.teacher.score_regions(self.teacher_features, per_image)
-        ends = dict(zip(order, accumulate(len(boxes[row]) for row in order), strict=True))
-        back = [torch.arange(ends[i] - len(b), ends[i]) for i, b in enumerate(boxes)]
-        return output[torch.cat(back).to(boxes[0].device)]
+        return score_shown(self.teacher, self.teacher_features, len(self.unlabeled), layer, boxes)
+
+
+def score_shown(
+    detector: RegionDetector, features: Features, num_images: int, layer: Layer, boxes: list[Tensor]
+) -> RegionOutput:
+    """
+    Score regions of weak views, given for each of the S strong views that show them.
+
+    Args:
+        detector: whose box head scores.
+        features: of the weak views.
+        num_images: N, of the weak views.
+        layer: which of them each strong view shows.
+        boxes: (R_i, 4) in pixels of the weak view, one an item of `layer`.
+
+    Returns:
+        R = sum(R_i) rows in the order of `boxes`; R = 0 is allowed.
+    """
+    if layer.images == list(range(num_images)):
+        return detector.score_regions(features, boxes)
+    # The regions of each weak view together, and back.
+    order = sorted(range(len(boxes)), key=lambda row: layer.images[row])
+    none = features[next(iter(features))].new_zeros(0, 4)
+    per_image = [
+        torch.cat([none, *(boxes[row] for row in order if layer.images[row] == image)])
+        for image in range(num_images)
+    ]
+    ends = dict(zip(order, accumulate(len(boxes[row]) for row in order), strict=True))
+    back = [torch.arange(ends[row] - len(b), ends[row]) for row, b in enumerate(boxes)]
+    return detector.score_regions(features, per_image)[torch.cat(back).to(none.device)]
+
+
+def choose_layer(values: list[Tensor], layers: Tensor) -> Tensor:
+    """Return for each row the values (R, ...) of its own layer; `layers` is (R,)."""
+    if len(values) == 1:
+        return values[0]
+    return torch.stack(values)[layers, torch.arange(len(layers), device=layers.device)]
 
 
 class Method(nn.Module):

@@ -21,7 +21,6 @@ from ssod.core.geometry import transfer_boxes
 from ssod.core.interfaces import RegionDetector
 from ssod.core.method import Method, Step
 from ssod.core.structures import (
-    Layer,
     PseudoLabels,
     RegionOutput,
     RegionSamples,
@@ -279,8 +278,6 @@ def transfer(step: Step) -> None:
     """
     views = step.unlabeled
     assert views is not None, "there are unlabeled images"
-    layer = Layer(list(range(len(views))), views.to_strong)
-    step.unlabeled = replace(views, layers=[layer])
     if views.to_strong is None:
         return
     moved = [

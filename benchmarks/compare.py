@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument(
         "--max-foreign", type=int, default=0, metavar="N", help="as of `ssod shapes`"
     )
+    parser.add_argument("--crowded", action="store_true", help="as of `ssod shapes`")
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="for all configs"
     )
@@ -65,7 +66,10 @@ def main() -> None:
     if len({*names, *RESERVED}) < len(names) + len(RESERVED):
         parser.error(f"configs need different names, other than {RESERVED}, got {names}")
     root = Path(args.output)
-    specs = [ShapesSpec(seed=seed, max_foreign=args.max_foreign) for seed in args.seeds]
+    specs = [
+        ShapesSpec(seed=seed, max_foreign=args.max_foreign, crowded=args.crowded)
+        for seed in args.seeds
+    ]
     tables = [run_seed(args.configs, root, spec, args.opts) for spec in specs]
     print(format_table(summarize(tables), COLUMNS))
     print("\nprecision / recall of pseudo-labels at each evaluation, mean over seeds")
@@ -80,12 +84,14 @@ def run_seed(configs: list[str], root: Path, spec: ShapesSpec, opts: list[str]) 
     seed = spec.seed
     output = root / f"seed_{seed}"
     # A folder of its own: runs on other images are then of another config, and are not continued.
-    shapes = output / (f"shapes_foreign_{spec.max_foreign}" if spec.max_foreign else "shapes")
+    kind = f"_foreign_{spec.max_foreign}" if spec.max_foreign else "_crowded" * spec.crowded
+    shapes = output / f"shapes{kind}"
     make_shapes(shapes, spec)
+    data = (*data_keys(shapes), "MODEL.ROI_HEADS.NUM_CLASSES", len(spec.class_names))
     host = import_host(read_host(configs[0], opts))
 
     def configure(config: str, run: str, *extra: object) -> CfgNode:
-        keys = [*data_keys(shapes), "SEED", seed, "OUTPUT_DIR", output / run, *opts, *extra]
+        keys = [*data, "SEED", seed, "OUTPUT_DIR", output / run, *opts, *extra]
         cfg = merge_config(host.get_config(), config, [str(key) for key in keys])
         cfg.freeze()
         return cfg

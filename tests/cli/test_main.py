@@ -20,7 +20,7 @@ SPEC_OPTIONS = {field.name: "--" + field.name.replace("_", "-") for field in fie
 FEW_IMAGES = [
     str(item)
     for name, option in SPEC_OPTIONS.items()
-    if name != "seed"
+    if name not in ("seed", "crowded")
     for item in (option, getattr(SPEC, name))
 ]
 SHORT = [str(item) for pair in OPTIONS.items() for item in pair]
@@ -42,7 +42,7 @@ def _assert_one_line_error(captured, status, *parts):
         (
             ["quickstart"],
             ["--config-file FILE", "--output DIR", "--seeds", "KEY VALUE"]
-            + [option for name, option in SPEC_OPTIONS.items() if name != "seed"],
+            + [option for name, option in SPEC_OPTIONS.items() if name not in ("seed", "crowded")],
         ),
     ],
     ids=["ssod", "shapes", "quickstart"],
@@ -84,6 +84,15 @@ def test_shapes_are_written_once(tmp_path, capsys):
 
     assert main([*args, "--seed", "5"]) == 0
     assert capsys.readouterr().out.endswith(": written\n")
+
+
+def test_crowded_shapes(tmp_path):
+    counts = ["--num-labeled", "2", "--num-unlabeled", "2", "--num-val", "2"]
+    assert main(["shapes", str(tmp_path / "set"), *counts, "--crowded"]) == 0
+    written = json.loads((tmp_path / "set" / "shapes.json").read_text())["spec"]
+    assert (written["crowded"], written["max_objects"]) == (True, 13)
+    val = json.loads((tmp_path / "set" / "annotations" / "val.json").read_text())
+    assert len(val["categories"]) == 12
 
 
 def test_bad_input_of_shapes_is_one_line(tmp_path, capsys):

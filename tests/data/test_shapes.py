@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -15,7 +16,7 @@ from ssod.data.shapes import (
     shapes_scene,
     write_shapes,
 )
-from ssod.data.shapes_scene import CLASS_NAMES
+from ssod.data.shapes_scene import CLASS_NAMES, CROWDED_NAMES
 from ssod.errors import InputError
 
 SMALL = ShapesSpec(num_labeled=3, num_unlabeled=4, num_val=2, seed=7)
@@ -35,6 +36,11 @@ def small_set(tmp_path_factory):
 @pytest.fixture(scope="module")
 def scenes():
     return [shapes_scene(ShapesSpec(), "val", index) for index in range(100)]
+
+
+@pytest.fixture(scope="module")
+def crowded_scenes():
+    return [shapes_scene(ShapesSpec(crowded=True), "val", index) for index in range(60)]
 
 
 def _load(root, name):
@@ -129,7 +135,7 @@ def test_foreign_objects_differ_from_what_they_lie_on():
 def test_loads_in_pycocotools(small_set, capsys):
     for name in ("labeled", "unlabeled", "unlabeled_truth", "val"):
         coco = COCO(small_set / "annotations" / f"{name}.json")
-        assert sorted(coco.getCatIds()) == sorted(CATEGORY_IDS)
+        assert sorted(coco.getCatIds()) == sorted(CATEGORY_IDS[: len(CLASS_NAMES)])
         assert sorted(coco.anns) == list(range(1, len(coco.anns) + 1))
         for info in coco.imgs.values():
             with Image.open(small_set / "images" / info["file_name"]) as image:
@@ -176,15 +182,76 @@ def test_default_labeled_split_has_every_class():
     assert {int(c) for scene in scenes for c in scene.classes} == set(range(len(CLASS_NAMES)))
 
 
-def test_hue_is_a_cheap_cue(scenes):
-    hits, total = 0, 0
+def _bands_and_classes(scenes, num_bands):
+    """Band of hues nearest to the mean hue of each object, and its class."""
     for scene in scenes:
         hue = np.asarray(Image.fromarray(scene.image).convert("HSV"))[..., 0] / 255
         for mask, label in zip(scene.masks, scene.classes, strict=True):
             mean = np.angle(np.exp(2j * np.pi * hue[mask]).mean()) / (2 * np.pi)
-            hits += round(mean * len(CLASS_NAMES)) % len(CLASS_NAMES) == label
-            total += 1
-    assert hits / total > 0.9
+            yield round(mean * num_bands) % num_bands, int(label)
+
+
+def test_hue_is_a_cheap_cue(scenes):
+    hits = [band == label for band, label in _bands_and_classes(scenes, len(CLASS_NAMES))]
+    assert np.mean(hits) > 0.9
+
+
+def test_default_images_are_those_of_version_1():
+    # Change this hash together with _VERSION only.
+    digest = hashlib.sha256()
+    for spec in (ShapesSpec(), ShapesSpec(max_foreign=3)):
+        for split in ("labeled", "unlabeled", "val"):
+            for index in range(4):
+                scene = shapes_scene(spec, split, index)
+                digest.update(scene.image.tobytes() + scene.classes.tobytes())
+    assert digest.hexdigest()[:16] == "1eec389a762c64f1"
+    assert "crowded" not in ShapesSpec().to_dict() and ShapesSpec().to_dict()["max_objects"] == 4
+
+
+def test_crowded_scenes_hold_more_and_smaller_objects(scenes, crowded_scenes):
+    def objects(scenes):
+        return [len(scene.classes) for scene in scenes]
+
+    def areas(scenes):
+        return np.concatenate([scene.masks.sum((1, 2)) for scene in scenes])
+
+    assert 4 < max(objects(crowded_scenes)) <= 13 == ShapesSpec(crowded=True).max_objects
+    assert min(objects(crowded_scenes)) == 1
+    assert np.mean(objects(crowded_scenes)) > 2 * np.mean(objects(scenes))
+    crowded = areas(crowded_scenes)
+    shares = np.histogram(crowded, [0, 32**2, 96**2, np.inf])[0] / len(crowded)
+    assert (shares > (0.5, 0.3, 0.005)).all()
+    assert np.median(crowded) < np.median(areas(scenes))
+    assert crowded.min() > 9**2  # 0.6 of 14 x 14: still has an outline
+
+
+def test_in_crowded_scenes_each_hue_is_of_three_classes(crowded_scenes):
+    found = list(_bands_and_classes(crowded_scenes, 4))
+    assert np.mean([label % 4 == band for band, label in found]) > 0.85
+    classes = {band: {label for b, label in found if b == band} for band in range(4)}
+    assert all({band, band + 4, band + 8} <= classes[band] for band in range(4))
+
+
+def test_crowded_set_on_disk(tmp_path):
+    spec = replace(SMALL, crowded=True, max_objects=None)
+    write_shapes(tmp_path, spec)
+    val = _load(tmp_path, "val")
+    assert [c["name"] for c in val["categories"]] == list(CROWDED_NAMES)
+    assert [c["id"] for c in val["categories"]] == list(CATEGORY_IDS)
+    scene = shapes_scene(spec, "val", 1)
+    second = [a for a in val["annotations"] if a["image_id"] == 2]
+    assert [a["category_id"] for a in second] == [CATEGORY_IDS[c] for c in scene.classes]
+    assert not ensure_shapes(tmp_path, spec)
+    assert ensure_shapes(tmp_path, SMALL)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_crowded_labeled_split_has_every_class_and_a_long_tail(seed):
+    spec = ShapesSpec(crowded=True, seed=seed)
+    scenes = [shapes_scene(spec, "labeled", index) for index in range(spec.num_labeled)]
+    counts = np.bincount(np.concatenate([s.classes for s in scenes]), minlength=12)
+    assert len(counts) == 12 and counts.min() > 0
+    assert counts[:4].sum() > 2 * counts[-4:].sum()
 
 
 @pytest.mark.parametrize("image_size", [64, 320])
@@ -253,3 +320,8 @@ def test_root_that_is_a_file(tmp_path):
 def test_spec_values_are_checked(name, value):
     with pytest.raises(InputError, match=f"{name} of a Shapes set must be at least"):
         ShapesSpec(**{name: value})
+
+
+def test_crowded_set_has_no_foreign_objects():
+    with pytest.raises(InputError, match="max_foreign of a crowded Shapes set must be 0.* got 2"):
+        ShapesSpec(crowded=True, max_foreign=2)

@@ -72,7 +72,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         metavar="N",
         help="repeat with so many seeds (other data, other weights); reports mean and spread",
     )
-    add_spec_arguments(parser, leave_out=("seed",))
+    add_spec_arguments(parser, leave_out=("seed", "crowded"))
     parser.set_defaults(command=run)
 
 

@@ -17,19 +17,26 @@ _HELP = {
     "seed": "sets of different seeds share no image",
     "max_objects": "most objects an image",
     "max_foreign": "most objects of other classes an unlabeled image: no label or truth has them",
+    "crowded": "a harder set: 12 classes that share hues, up to 13 smaller objects an image",
 }
 
 
 def add_spec_arguments(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
     """Add an option for each field of `ShapesSpec` but those left out."""
     for field in fields(ShapesSpec):
-        if field.name not in leave_out:
+        option, text = "--" + field.name.replace("_", "-"), _HELP[field.name]
+        if field.name in leave_out:
+            continue
+        if isinstance(field.default, bool):
+            parser.add_argument(option, action="store_true", help=text)
+        else:
+            default = getattr(ShapesSpec(), field.name)
             parser.add_argument(
-                "--" + field.name.replace("_", "-"),
+                option,
                 type=int,
                 default=field.default,
                 metavar="N",
-                help=f"{_HELP[field.name]} (default: {field.default})",
+                help=f"{text} (default: {default})",
             )
 
 

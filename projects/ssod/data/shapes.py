@@ -15,12 +15,19 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ssod.data.shapes_scene import CLASS_NAMES, Scene, draw_scene
+from ssod.data.shapes_scene import (
+    CLASS_NAMES,
+    CROWDED_MAX_OBJECTS,
+    CROWDED_NAMES,
+    MAX_OBJECTS,
+    Scene,
+    draw_scene,
+)
 from ssod.errors import InputError
 from ssod.files import replacing
 
-CATEGORY_IDS = (1, 2, 3, 5, 8, 13)
-"""COCO category id of each class; sparse, as COCO's own are."""
+CATEGORY_IDS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233)
+"""COCO category id of each class, as many as there are; sparse, as COCO's own are."""
 SPLITS = ("labeled", "unlabeled", "val")
 MANIFEST = "shapes.json"
 
@@ -38,12 +45,15 @@ class ShapesSpec:
         num_val: the same for the validation split.
         image_size: long side in pixels; the short side is 70 to 95 % of it.
         seed: images of different seeds have nothing in common.
-        max_objects: most objects an image; each image has at least one.
+        max_objects: most objects an image; each image has at least one. 4 if it is not given, 13 in
+            a crowded set.
         max_foreign: most objects of classes that no label has an unlabeled image; 0 to this many
             of them are in it, and in no file of annotations. The other splits have none.
+        crowded: a harder set: twelve classes, of which three have one hue, more and smaller
+            objects, more distractors.
 
     Raises:
-        InputError: if a value is too small.
+        InputError: if a value is too small, or a crowded set is to have foreign objects.
     """
 
     num_labeled: int = 24
@@ -51,11 +61,20 @@ class ShapesSpec:
     num_val: int = 300
     image_size: int = 160
     seed: int = 0
-    max_objects: int = 4
+    max_objects: int | None = None
     max_foreign: int = 0
+    crowded: bool = False
 
     def __post_init__(self) -> None:
-        smallest = {"image_size": 64, "seed": 0, "max_foreign": 0}
+        if self.max_objects is None:
+            most = CROWDED_MAX_OBJECTS if self.crowded else MAX_OBJECTS
+            object.__setattr__(self, "max_objects", most)
+        if self.crowded and self.max_foreign:
+            raise InputError(
+                "max_foreign of a crowded Shapes set must be 0, as foreign shapes are classes "
+                f"there, got {self.max_foreign}"
+            )
+        smallest = {"image_size": 64, "seed": 0, "max_foreign": 0, "crowded": 0}
         for name, value in asdict(self).items():
             if value < smallest.get(name, 1):
                 raise InputError(
@@ -63,8 +82,13 @@ class ShapesSpec:
                 )
 
     def to_dict(self) -> dict[str, int]:
-        """Return the fields for a file; without `max_foreign` if 0, as files had it before."""
-        return {k: v for k, v in asdict(self).items() if v or k != "max_foreign"}
+        """Return the fields for a file; `max_foreign` and `crowded` only where they are set."""
+        return {k: v for k, v in asdict(self).items() if v or k not in ("max_foreign", "crowded")}
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, most frequent first."""
+        return CROWDED_NAMES if self.crowded else CLASS_NAMES
 
 
 def ensure_shapes(
@@ -92,9 +116,9 @@ def write_shapes(
 
     `unlabeled.json` lists images without any annotation; their truth is in `unlabeled_truth.json`.
     A box is the extent of an object's visible pixels and `area` counts them. An image depends on
-    the seed, the image size, `max_objects`, `max_foreign`, its split and its index only: a larger
-    set of the same seed contains the smaller one. Foreign objects are all that `max_foreign`
-    adds; where they lie on others these have fewer visible pixels.
+    the spec without the numbers of images, its split and its index only: a larger set of the same
+    seed contains the smaller one. Foreign objects are all that `max_foreign` adds; where they lie
+    on others these have fewer visible pixels.
 
     Args:
         root: new or empty directory, or one with a Shapes set, which is replaced.
@@ -126,9 +150,9 @@ def write_shapes(
             if progress is not None:
                 progress(done, sum(counts.values()))
         truth = "unlabeled_truth" if split == "unlabeled" else split
-        _write_coco(root / "annotations" / f"{truth}.json", images, annotations)
+        _write_coco(root / "annotations" / f"{truth}.json", spec, images, annotations)
         if split == "unlabeled":
-            _write_coco(root / "annotations" / "unlabeled.json", images, [])
+            _write_coco(root / "annotations" / "unlabeled.json", spec, images, [])
     _write_json(root / MANIFEST, _manifest(spec, complete=True))
 
 
@@ -141,7 +165,7 @@ def shapes_scene(spec: ShapesSpec, split: str, index: int) -> Scene:
     """
     rng = np.random.default_rng([spec.seed, SPLITS.index(split), index])
     max_foreign = spec.max_foreign if split == "unlabeled" else 0
-    return draw_scene(rng, spec.image_size, spec.max_objects, max_foreign)
+    return draw_scene(rng, spec.image_size, spec.max_objects, max_foreign, spec.crowded)
 
 
 def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, Any]]:
@@ -162,10 +186,9 @@ def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict[str, A
     return annotations
 
 
-def _write_coco(path: Path, images: list[dict], annotations: list[dict]) -> None:
-    categories = [
-        {"id": i, "name": name} for i, name in zip(CATEGORY_IDS, CLASS_NAMES, strict=True)
-    ]
+def _write_coco(path: Path, spec: ShapesSpec, images: list[dict], annotations: list[dict]) -> None:
+    ids = CATEGORY_IDS[: len(spec.class_names)]
+    categories = [{"id": i, "name": name} for i, name in zip(ids, spec.class_names, strict=True)]
     _write_json(path, {"images": images, "annotations": annotations, "categories": categories})
 
 

@@ -7,6 +7,10 @@ learned from a few examples: each class has a band of its own. The outline is an
 once augmentation shifts the hue by more than a band or takes it away.
 
 Foreign objects are other shapes in the same sizes, hues and textures, which no class covers.
+
+Crowded scenes are harder: more and smaller objects, twice the classes, of which three each share a
+band of hues, so that the outline decides, and more blobs and lines, half of them as colorful as the
+objects.
 """
 
 from __future__ import annotations
@@ -18,11 +22,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ssod.data.shapes_outlines import OUTLINES
+
 CLASS_NAMES = ("circle", "square", "triangle", "star", "cross", "ring")
 FOREIGN_NAMES = ("arrow", "heart", "crescent", "hourglass")
+CROWDED_NAMES = (*CLASS_NAMES, *FOREIGN_NAMES, "chevron", "tee")
+MAX_OBJECTS, CROWDED_MAX_OBJECTS = 4, 13
 
-_CLASS_WEIGHTS = np.geomspace(8, 1, len(CLASS_NAMES))
-_HUE_JITTER = 0.05  # bands are 1/6 apart; augmentation shifts the hue by up to 0.1 more
+_CROWDED_BANDS = 4  # of hues, each of every fourth class: one frequent, one less so, one rare
+_HUE_JITTER = 0.05  # bands are 1/6 or 1/4 apart; augmentation shifts the hue by up to 0.1 more
 _MIN_VISIBLE = 0.6  # of the whole shape, counting what other shapes and the image border hide
 _SUPERSAMPLE = 3
 
@@ -35,7 +43,7 @@ class Scene:
     Attributes:
         image: (H, W, 3) uint8 RGB.
         masks: (M, H, W) bool, the visible pixels of each object; they do not overlap.
-        classes: (M,) int64 index into `CLASS_NAMES`.
+        classes: (M,) int64 index into `CLASS_NAMES`, of a crowded scene into `CROWDED_NAMES`.
         foreign: (F, H, W) bool, the same as `masks` of the objects that have no class.
     """
 
@@ -46,7 +54,11 @@ class Scene:
 
 
 def draw_scene(
-    rng: np.random.Generator, image_size: int, max_objects: int, max_foreign: int = 0
+    rng: np.random.Generator,
+    image_size: int,
+    max_objects: int,
+    max_foreign: int = 0,
+    crowded: bool = False,
 ) -> Scene:
     """
     Draw one image.
@@ -56,26 +68,34 @@ def draw_scene(
         image_size: long side in pixels; the short side is 70 to 95 % of it.
         max_objects: 1 to this many objects are drawn, fewer where there is no room.
         max_foreign: 0 to this many foreign objects are drawn too; they are all that it changes.
+            Not in crowded scenes, where their shapes are classes.
+        crowded: of `CROWDED_NAMES`, smaller objects, and more that is no object.
     """
     long, short = image_size, round(image_size * rng.uniform(0.7, 0.95))
     size = (long, short) if rng.random() < 0.5 else (short, long)
     canvas = _background(rng, *size)
-    for _ in range(rng.integers(0, 3)):
-        _draw_distractor(rng, canvas)
+    for _ in range(rng.integers(3, 9) if crowded else rng.integers(0, 3)):
+        _draw_distractor(rng, canvas, colorful=crowded and rng.random() < 0.5)
+
+    names = CROWDED_NAMES if crowded else CLASS_NAMES
+    bands = _CROWDED_BANDS if crowded else len(CLASS_NAMES)
+    weights = np.geomspace(8, 1, len(names))
+    weights /= weights.sum()
 
     wanted = rng.integers(1, max_objects + 1)
     masks: list[np.ndarray] = []
     whole_areas: list[float] = []
     classes: list[int] = []
-    for side in _random_sides(rng, wanted, short):
-        label = int(rng.choice(len(CLASS_NAMES), p=_CLASS_WEIGHTS / _CLASS_WEIGHTS.sum()))
-        if _add_object(rng, canvas, masks, whole_areas, CLASS_NAMES[label], side, label):
+    for side in _random_sides(rng, wanted, short, crowded):
+        label = int(rng.choice(len(names), p=weights))
+        hue = (label % bands) / bands
+        if _add_object(rng, canvas, masks, whole_areas, names[label], side, hue):
             classes.append(label)
     if max_foreign:
         own = rng.spawn(1)[0]  # the noise below stays the same
         for side in _random_sides(own, own.integers(0, max_foreign + 1), short):
-            name, band = own.choice(FOREIGN_NAMES), own.integers(len(CLASS_NAMES))
-            _add_object(own, canvas, masks, whole_areas, name, side, band)
+            name, hue = own.choice(FOREIGN_NAMES), own.integers(bands) / bands
+            _add_object(own, canvas, masks, whole_areas, name, side, hue)
     noise = rng.standard_normal(canvas.shape, dtype=np.float32)
     canvas += rng.uniform(0, 0.02) * noise  # of the sensor
     image = (canvas.clip(0, 1) * 255).round().astype(np.uint8)
@@ -90,9 +110,9 @@ def _add_object(
     whole_areas: list[float],
     name: str,
     side: float,
-    band: int,
+    hue: float,
 ) -> bool:
-    """Paint an object in a band of hues on top of the others; False if it finds no room."""
+    """Paint an object of about a hue on top of the others; False if it finds no room."""
     size = canvas.shape[:2]
     for _ in range(8):
         coverage = _shape_coverage(rng, name, side, *size)
@@ -100,71 +120,28 @@ def _add_object(
         left = [earlier & ~mask for earlier in masks] + [mask]
         wholes = [*whole_areas, side**2]
         if all(m.sum() >= _MIN_VISIBLE * a for m, a in zip(left, wholes, strict=True)):
-            hue = band / len(CLASS_NAMES) + rng.uniform(-_HUE_JITTER, _HUE_JITTER)
-            _paint(canvas, coverage, _texture(rng, *size, hue=hue))
+            shifted = hue + rng.uniform(-_HUE_JITTER, _HUE_JITTER)
+            _paint(canvas, coverage, _texture(rng, *size, hue=shifted))
             masks[:], whole_areas[:] = left, wholes
             return True
     return False
 
 
-def _random_sides(rng: np.random.Generator, count: int, short: int) -> list[float]:
+def _random_sides(
+    rng: np.random.Generator, count: int, short: int, crowded: bool = False
+) -> list[float]:
     # Large ones first: they need the room, and small ones on top of them stay visible.
-    return sorted((_random_side(rng, short) for _ in range(count)), reverse=True)
+    return sorted((_random_side(rng, short, crowded) for _ in range(count)), reverse=True)
 
 
-def _random_side(rng: np.random.Generator, short: int) -> float:
+def _random_side(rng: np.random.Generator, short: int, crowded: bool) -> float:
     """Square root of a shape's area in pixels, from one of COCO's size bands."""
     # Aimed at 30 : 60 : 10 of what is visible: occlusion and the border make objects smaller.
-    bands = ((16, 32), (34, 0.6 * short), (106, 0.95 * short))
-    low, high = bands[rng.choice(3, p=(0.27, 0.57, 0.16))]
+    bands, shares = ((16, 32), (34, 0.6 * short), (106, 0.95 * short)), (0.27, 0.57, 0.16)
+    if crowded:  # 59 : 39 : 2
+        bands, shares = ((14, 32), (34, 0.4 * short), (106, 0.95 * short)), (0.52, 0.42, 0.06)
+    low, high = bands[rng.choice(3, p=shares)]
     return min(low * (max(high, low) / low) ** rng.random(), 0.95 * short)
-
-
-def _unit_outlines() -> dict[str, list[np.ndarray]]:
-    """Polygons (P,) in the complex plane of each shape, outer then hole, with an area of 1."""
-
-    def on_circle(points: int, radii: tuple[float, ...] = (1.0,)) -> np.ndarray:
-        turns = np.exp(2j * np.pi * np.arange(points) / points)
-        return turns * np.resize(radii, points)
-
-    corner = np.array([1 + 0.36j, 0.36 + 0.36j, 0.36 + 1j])
-    outlines = {
-        "circle": [on_circle(64)],
-        "square": [on_circle(4) * np.exp(0.25j * np.pi)],  # upright: stretched to a rectangle
-        "triangle": [on_circle(3)],
-        "star": [on_circle(10, (1.0, 0.48))],
-        "cross": [np.concatenate([corner * 1j**turn for turn in range(4)])],
-        "ring": [on_circle(64), 0.5 * on_circle(64)],
-        "arrow": [np.array([-1 - 0.25j, -0.25j, -0.8j, 1, 0.8j, 0.25j, -1 + 0.25j])],
-        "heart": [_heart()],
-        "crescent": [_crescent()],
-        "hourglass": [np.array([-1 - 0.7j, -0.2j, 1 - 0.7j, 1 + 0.7j, 0.2j, -1 + 0.7j])],
-    }
-
-    def area(polygon: np.ndarray) -> float:
-        return 0.5 * (polygon.conj() * np.roll(polygon, -1)).imag.sum()
-
-    for name, (outer, *holes) in outlines.items():
-        scale = 1 / math.sqrt(area(outer) - sum(area(hole) for hole in holes))
-        outlines[name] = [scale * polygon for polygon in (outer, *holes)]
-    return outlines
-
-
-def _heart() -> np.ndarray:
-    turn = np.linspace(0, 2 * np.pi, 64, endpoint=False)
-    height = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
-    return 16 * np.sin(turn) ** 3 - 1j * (height + 2.5)  # upside down: it runs the right way round
-
-
-def _crescent() -> np.ndarray:
-    tip, center = 0.7, 0.35  # angle of the gap, and center of the inner circle through both tips
-    inner = np.exp(1j * tip) - center
-    outside = np.exp(1j * np.linspace(tip, 2 * np.pi - tip, 48))
-    angles = np.linspace(2 * np.pi - np.angle(inner), np.angle(inner), 32)
-    return np.concatenate([outside, center + np.abs(inner) * np.exp(1j * angles)])
-
-
-_OUTLINES = _unit_outlines()
 
 
 def _shape_coverage(
@@ -176,7 +153,7 @@ def _shape_coverage(
     margin = min(0.4 * side, 0.45 * min(height, width))
     x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
     drawing = Image.new("L", (width * _SUPERSAMPLE, height * _SUPERSAMPLE))
-    for polygon, fill in zip(_OUTLINES[name], (255, 0), strict=False):
+    for polygon, fill in zip(OUTLINES[name], (255, 0), strict=False):
         polygon = (polygon.real * stretch + 1j * polygon.imag / stretch) * turn * side
         _fill(drawing, polygon + complex(x, y), fill)
     return _shrink(drawing)
@@ -249,8 +226,8 @@ def _texture(rng: np.random.Generator, height: int, width: int, hue: float) -> n
     return tone + (pattern[..., None] * 0.5 + 0.5).clip(0, 1) * (other - tone)
 
 
-def _draw_distractor(rng: np.random.Generator, canvas: np.ndarray) -> None:
-    """Draw a blob or a curved line of any hue: nothing that has a class."""
+def _draw_distractor(rng: np.random.Generator, canvas: np.ndarray, colorful: bool) -> None:
+    """Draw a blob or a curved line of any hue, dull unless colorful: nothing that has a class."""
     height, width = canvas.shape[:2]
     drawing = Image.new("L", (width * _SUPERSAMPLE, height * _SUPERSAMPLE))
     start = complex(rng.uniform(0, width), rng.uniform(0, height))
@@ -268,4 +245,6 @@ def _draw_distractor(rng: np.random.Generator, canvas: np.ndarray) -> None:
         points = (line * _SUPERSAMPLE).view(np.float64).tolist()
         thickness = int(rng.integers(1, 4)) * _SUPERSAMPLE
         ImageDraw.Draw(drawing).line(points, fill=255, width=thickness, joint="curve")
-    _paint(canvas, _shrink(drawing), _background(rng, height, width))
+    size = height, width
+    color = _texture(rng, *size, hue=rng.random()) if colorful else _background(rng, *size)
+    _paint(canvas, _shrink(drawing), color)

@@ -6,6 +6,7 @@ which is that config without unlabeled images but with the EMA. The optimizer an
 learning rate start anew there. Interrupted, it continues. Example:
 python benchmarks/compare.py configs/shapes/mean_teacher.yaml configs/shapes/lsm.yaml
 
+AP .001 is of boxes with a score above 0.001, the others' is MODEL.ROI_HEADS.SCORE_THRESH_TEST.
 AP head and AP tail are means over a third of the classes: those with the most and with the fewest
 labeled boxes of the seed.
 """
@@ -24,6 +25,7 @@ from ssod.cli.quickstart import data_keys
 from ssod.cli.shapes import make_shapes
 from ssod.config import merge_config, read_host
 from ssod.data.shapes import ShapesSpec
+from ssod.evaluation.coco_metrics import LOW_FLOOR_AP
 from ssod.evaluation.report import format_table
 from ssod.hosts.protocol import FinishedRun
 
@@ -39,7 +41,9 @@ QUALITY = {
     "KL": "pseudo/class_kl",
 }
 METRICS = {
-    **{name: f"teacher/{name}" for name in ("AP", "AP_S", "AP_M", "AP_L")},
+    "AP": "teacher/AP",
+    "AP .001": f"teacher/{LOW_FLOOR_AP}",
+    **{name: f"teacher/{name}" for name in ("AP_S", "AP_M", "AP_L")},
     "AR100": "teacher/AR100",  # Detectron2 does not measure it
     "AP head": "AP_head",
     "AP tail": "AP_tail",
@@ -136,7 +140,7 @@ def summarize(tables: list[dict[str, dict]]) -> list[dict[str, str]]:
         controls = [table[CONTROL]["results"] for table in tables]
         gains = [r["teacher/AP"] - c["teacher/AP"] for r, c in zip(results, controls, strict=True)]
         row = dict.fromkeys(COLUMNS, "") | {"config": name}
-        found = {column: key for column, key in METRICS.items() if key in results[0]}
+        found = {c: key for c, key in METRICS.items() if all(key in r for r in results)}
         row |= {column: _spread([r[key] for r in results]) for column, key in found.items()}
         if name != CONTROL:
             row["gain in AP"] = _spread(gains, sign="+")

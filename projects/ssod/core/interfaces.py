@@ -76,6 +76,7 @@ class RegionDetector(nn.Module, ABC):
         focal_gamma: exponent of the classification loss, 0 for cross entropy.
         box_loss_beta: where the box loss turns from L2 to L1; 0 for L1.
         loss_weights: factors on the host's losses of regions, by name; 1 for others.
+        score_floor: detections have a higher score; to be changed by `at_score_floor` alone.
     """
 
     num_classes: int
@@ -84,6 +85,7 @@ class RegionDetector(nn.Module, ABC):
     focal_gamma = 0.0
     box_loss_beta = 0.0
     loss_weights: Mapping[str, float] = {}
+    score_floor: float
 
     @abstractmethod
     def preprocess(self, images: list[Tensor]) -> ImageBatch:
@@ -127,6 +129,15 @@ class RegionDetector(nn.Module, ABC):
             self.detect(boxes, found.output[row], found.class_probs[row], size)
             for boxes, row, size in zip(found.boxes, rows, batch.sizes, strict=True)
         ]
+
+    @contextmanager
+    def at_score_floor(self, floor: float) -> Iterator[None]:
+        """Drop detections at or below a score of `floor` meanwhile, instead of `score_floor`."""
+        before, self.score_floor = self.score_floor, floor
+        try:
+            yield
+        finally:
+            self.score_floor = before
 
     @abstractmethod
     def detect(

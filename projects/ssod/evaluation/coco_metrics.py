@@ -14,6 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LOW_SCORE_FLOOR = 0.001
+LOW_FLOOR_AP = f"AP_floor_{LOW_SCORE_FLOOR}"
+"""AP of detections above that score, which many published results are; no class has such a name."""
+
 
 def detections_to_coco(
     image_id: int, boxes: Tensor, scores: Tensor, classes: Tensor, category_ids: Sequence[int]

@@ -1,5 +1,6 @@
 """Detectron2's evaluators, and `evaluate`."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_pascal_voc
 from detectron2.engine import launch
-from detectron2.evaluation import verify_results
+from detectron2.evaluation import inference_on_dataset, verify_results
 from detectron2.evaluation.testing import flatten_results_dict
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -21,6 +22,7 @@ from ssod.evaluation.coco_metrics import coco_metrics
 from ssod.hosts.detectron2 import evaluators
 from ssod.hosts.detectron2.launch import leave_process_group
 from tiny_detectron2 import tiny_config
+from tiny_run import differences
 
 CLASSES = ("cat", "dog")
 NUMBERS = itertools.count()  # of the names registered here
@@ -226,12 +228,48 @@ def test_ap_is_that_of_the_predictions_in_the_files(model, cfg, found_by_both):
         predictions = _predictions(cfg.OUTPUT_DIR, kind)
         expected = coco_metrics(found_by_both, predictions)
         found = dict(results[kind]["bbox"])
+        assert found.pop("AP_floor_0.001") > 0
         for name, ours in zip(NAMES, OUR_NAMES, strict=True):
             assert found.pop(name) == pytest.approx(expected[ours], abs=1e-6, nan_ok=True)
         classes = {name: value for name, value in expected.items() if name.startswith("AP-")}
         assert found == pytest.approx(classes, abs=1e-6, nan_ok=True)
         assert 0 < expected["AP"] < 100
     assert results["student"]["bbox"]["AP"] != results["teacher"]["bbox"]["AP"]
+
+
+def _measured_alone(detector, cfg, name, floor, output):
+    """Results of Detectron2's own inference at one score floor."""
+    detector.roi_heads.box_predictor.test_score_thresh = floor
+    loader = evaluators.build_test_loader(cfg, name)
+    return inference_on_dataset(detector, loader, evaluators.build_evaluator(name, output))
+
+
+def test_both_floors_equal_an_inference_at_each(model, cfg, tmp_path, caplog, capsys):
+    """Bit for bit, files included; an inference at either floor is Detectron2's own."""
+    (name,) = evaluators.test_dataset_names(cfg)
+    for floor in (0.25, 0.001):
+        folder = tmp_path / str(floor)
+        alone = {
+            f: _measured_alone(copy.deepcopy(model.teacher), cfg, name, f, folder)
+            for f in (0.001, floor)  # the files are of the last
+        }
+        caplog.clear()
+        with model.teacher.at_score_floor(floor), caplog.at_level("INFO"):
+            results = evaluators.evaluate(model, cfg, cfg.OUTPUT_DIR)["teacher"]["bbox"]
+        assert results.pop("AP_floor_0.001") == alone[0.001]["bbox"]["AP"] > 0
+        assert differences(dict(results), dict(alone[floor]["bbox"])) == []
+        expected = (folder / "coco_instances_results.json").read_text()
+        assert json.loads(expected) == _predictions(cfg.OUTPUT_DIR, "teacher") != []
+        tables = [r for r in caplog.records if "Evaluation results for bbox" in r.getMessage()]
+        assert len(tables) == 2  # of student and teacher
+        capsys.readouterr()
+    assert alone[0.001]["bbox"]["AP"] != _ap_at(model, cfg, 0.25)
+    assert "inference" not in vars(model.teacher.roi_heads.box_predictor)
+
+
+def _ap_at(model, cfg, floor):
+    with model.teacher.at_score_floor(floor):
+        return evaluators.evaluate(model, cfg, cfg.OUTPUT_DIR)["teacher"]["bbox"]["AP"]
 
 
 def test_top_level_is_what_the_model_is_in_eval_mode(model, cfg, monkeypatch):

@@ -13,8 +13,9 @@ from ssod.core.teacher_student import TeacherStudent
 from ssod.data.images import read_image
 from ssod.data.records import DetectionDataset, ImageRecord
 from ssod.data.views import make_test_view
-from ssod.evaluation.coco_metrics import coco_metrics
-from ssod.hosts.inference import detect, label_images
+from ssod.evaluation.coco_metrics import coco_metrics, detections_to_coco
+from ssod.hosts import inference
+from ssod.hosts.inference import find, label_images
 from ssod.hosts.torchvision.run import Run
 from tiny_run import differences, read_lines, resume, tiny_config
 
@@ -48,6 +49,12 @@ def resizing(trainer, shapes, tmp_path_factory):
     return cfg, originals, resized, dict(zip(originals.image_ids, matrices, strict=True))
 
 
+def detect(detector, dataset, cfg, device):
+    """Results at the detector's own score floor."""
+    (results,) = inference.detect(detector, dataset, cfg, device, [detector.score_floor])
+    return results
+
+
 def _modes(model):
     return {name: module.training for name, module in model.named_modules()}
 
@@ -69,7 +76,43 @@ def test_written_predictions_give_the_ap_of_the_log(name, finished_run, found_as
     metrics = coco_metrics(found_as_truth, json.loads(path.read_text()))
     logged = read_lines(finished_run)[-1]
     expected = {key: value for key, value in logged.items() if key.startswith(name)}
+    assert expected.pop(f"{name}/AP_floor_0.001") > 0
     assert differences({f"{name}/{key}": v for key, v in metrics.items()}, expected) == []
+
+
+def _found_alone(detector, dataset, cfg):
+    """COCO results of one inference at the config's score floor."""
+    return [
+        entry
+        for record, d in find(detector, dataset, cfg, CPU)
+        for entry in detections_to_coco(
+            record.image_id, d.boxes, d.scores, d.classes, dataset.category_ids
+        )
+    ]
+
+
+def test_both_floors_equal_an_inference_at_each(trainer, shapes, found_as_truth, tmp_path):
+    """Bit for bit, the cap of detections included: each image has more above 0.001."""
+    val = trainer.val
+
+    def evaluate(floor):
+        keys = ("MODEL.ROI_HEADS.SCORE_THRESH_TEST", floor, "SSOD.DATA.VAL_JSON", found_as_truth)
+        cfg = tiny_config(shapes, tmp_path, *keys)
+        run = Run(cfg, f"{trainer.cfg.OUTPUT_DIR}/checkpoint.pth")
+        alone = _found_alone(run.model.teacher, val, cfg)
+        results = run.evaluate()
+        assert run.model.teacher.score_floor == floor
+        written = tmp_path / "inference" / "coco_instances_results_teacher.json"
+        assert json.loads(written.read_text()) == alone
+        assert results["teacher/AP"] == coco_metrics(found_as_truth, alone)["AP"] > 0
+        return results, alone
+
+    low, found = evaluate(0.001)
+    assert len(found) == len(val) * trainer.cfg.TEST.DETECTIONS_PER_IMAGE
+    assert low["teacher/AP_floor_0.001"] == low["teacher/AP"]
+    high, kept = evaluate(sorted(entry["score"] for entry in found)[len(found) // 2])
+    assert 0 < len(kept) < len(found)
+    assert high["teacher/AP_floor_0.001"] == low["teacher/AP"] != high["teacher/AP"]
 
 
 def test_evaluation_restores_every_mode(trainer):
@@ -149,7 +192,7 @@ def test_a_model_is_in_its_own_mode_again_after_an_error(trainer, monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(trainer.model, "pseudo_labels", fail)
-    monkeypatch.setattr(trainer.model.student, "predict", lambda *args: fail(args))
+    monkeypatch.setattr(trainer.model.student, "suppress", lambda *args: fail(args))
     trainer.model.train()
     for run, model in ((label_images, trainer.model), (detect, trainer.model.student)):
         with pytest.raises(RuntimeError, match="out of memory"):

@@ -250,6 +250,15 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
         return transform.apply_deltas(deltas.flatten(1), boxes).reshape(deltas.shape)
 
     @property
+    def score_floor(self) -> float:
+        """Detections have a higher score."""
+        return self.roi_heads.box_predictor.test_score_thresh
+
+    @score_floor.setter
+    def score_floor(self, floor: float) -> None:
+        self.roi_heads.box_predictor.test_score_thresh = floor
+
+    @property
     def classifier(self) -> nn.Linear:
         """The layer from D to K + 1, background last."""
         return self.roi_heads.box_predictor.cls_score

@@ -37,6 +37,7 @@ from ssod.data import build
 from ssod.data.datasets import DetectionDataset, read_coco
 from ssod.data.loader import BatchLoader
 from ssod.errors import InputError
+from ssod.hosts.detectron2.low_floor import BothFloors, detect_at_both_floors
 from ssod.hosts.detectron2.meta_arch import TeacherStudentRCNN
 from ssod.hosts.run import detectors_of
 
@@ -62,7 +63,8 @@ def evaluate(model: TeacherStudentRCNN, cfg: CfgNode, output_dir: str | Path) ->
     Returns:
         `{"bbox": {"AP": ...}}` of what the model is in eval mode (for VOC "voc" and "coco" instead
         of "bbox"), and under "student" and "teacher" the same of each; with several sets one such
-        dictionary for each name. Empty without a test set, and on all ranks but the first.
+        dictionary for each name. `LOW_FLOOR_AP` is beside each AP. Empty without a test set, and on
+        all ranks but the first.
 
     Raises:
         InputError: as `build_test_loader` and `build_evaluator`.
@@ -77,7 +79,10 @@ def evaluate(model: TeacherStudentRCNN, cfg: CfgNode, output_dir: str | Path) ->
             evaluator = build_evaluator(name, folder)
             was_training = detector.training
             try:
-                results[kind][name] = inference_on_dataset(detector, loader, evaluator)
+                detector.eval()
+                results[kind][name] = inference_on_dataset(
+                    partial(detect_at_both_floors, detector), loader, BothFloors(evaluator)
+                )
             finally:
                 detector.train(was_training)
             if comm.is_main_process():

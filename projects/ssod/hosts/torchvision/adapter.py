@@ -171,6 +171,15 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         return decoded.reshape(deltas.shape)
 
     @property
+    def score_floor(self) -> float:
+        """Detections have a higher score."""
+        return self.roi_heads.score_thresh
+
+    @score_floor.setter
+    def score_floor(self, floor: float) -> None:
+        self.roi_heads.score_thresh = floor
+
+    @property
     def classifier(self) -> nn.Linear:
         """The layer from D to K + 1, background first."""
         return self.roi_heads.box_predictor.cls_score

@@ -18,7 +18,7 @@ from ssod.data.build import RunData, build_train_loader, load_run_data, read_lab
 from ssod.data.coco import to_coco
 from ssod.data.datasets import DetectionDataset
 from ssod.errors import InputError
-from ssod.evaluation.coco_metrics import coco_metrics
+from ssod.evaluation.coco_metrics import LOW_FLOOR_AP, LOW_SCORE_FLOOR, coco_metrics
 from ssod.files import replacing
 from ssod.hosts.checkpoint import read_checkpoint
 from ssod.hosts.inference import detect
@@ -191,8 +191,10 @@ class Run(BaseRun):
         folder.mkdir(parents=True, exist_ok=True)
         truth = self.cfg.SSOD.DATA.VAL_JSON or to_coco(val)
         for name, detector in detectors_of(self.model).items():
-            results = detect(detector, val, self.cfg, self.device)
+            floors = (detector.score_floor, LOW_SCORE_FLOOR)
+            results, at_low_floor = detect(detector, val, self.cfg, self.device, floors)
             (folder / f"coco_instances_results_{name}.json").write_text(json.dumps(results))
             values = coco_metrics(truth, results)
+            values[LOW_FLOOR_AP] = coco_metrics(truth, at_low_floor)["AP"]
             metrics |= {f"{name}/{key}": value for key, value in values.items()}
         return metrics

@@ -90,11 +90,12 @@ def add_ssod_config(cfg: CfgNode) -> None:
     # A class of `PSEUDO_LABEL_FILTER_REGISTRY`.
     ssod.FILTER.NAME = "FixedThreshold"
     # FixedThreshold: probability above which a detection is learned (Unbiased Teacher).
+    # GaussianMixtureThreshold, which has no other key: that of classes with less than 4 scores.
     ssod.FILTER.SCORE_THRESH = 0.7
     # FixedThreshold: probability above which a detection is undecided, at most SCORE_THRESH, for
     # methods that learn such boxes: LSM (its alpha), LABEL_MATCH and CONTRASTIVE. Without them it
     # is not used.
-    # The other filters have bounds of their own: ACT's lower thresholds, SoftMatch's POOL_FLOOR.
+    # ACT and SoftMatch have bounds of their own, lower thresholds and POOL_FLOOR.
     ssod.FILTER.UNDECIDED_THRESH = 0.5
     _add_adaptive_threshold(ssod.FILTER)
     _add_soft_match(ssod.FILTER)

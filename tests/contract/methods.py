@@ -85,6 +85,7 @@ CASES = {
         ("SSOD.FILTER.SOURCE", "sweep", "SSOD.FILTER.REFRESH_PERIOD", 2),
     ),
     "SoftMatch": Case("SoftMatchWeighting", SOFT),
+    "GMM": Case("GaussianMixtureThreshold"),
     "LSM": Case(keys=UNDECIDED, **DISTILS),
     "LSM, SoftMatch": Case("SoftMatchWeighting", SOFT, **DISTILS),
     "MLC": Case(

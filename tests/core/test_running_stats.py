@@ -6,6 +6,7 @@ import torch.distributed as dist
 from test_filters import make_detections, random_images
 
 from ssod.core.adaptive_threshold import AdaptiveClassThreshold
+from ssod.core.gaussian_mixture import GaussianMixtureThreshold
 from ssod.core.running_stats import (
     LabelDistribution,
     RunningAverage,
@@ -30,6 +31,7 @@ def _filters():
             NUM_CLASSES, ema_decay=0.9, scope="per_class", alignment="uniform"
         ),
         "paper": SoftMatchWeighting(NUM_CLASSES, ema_decay=0.9, start="paper", alignment="none"),
+        "gmm": GaussianMixtureThreshold(NUM_CLASSES, num_scores=8, max_detections=6),
     }
     for labels in filters.values():
         labels.set_label_distribution(torch.tensor([5, 2, 1]), 3)
@@ -75,7 +77,7 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
-@pytest.mark.parametrize("name", ["act", "soft", "per_class", "paper"])
+@pytest.mark.parametrize("name", ["act", "soft", "per_class", "paper", "gmm"])
 def test_two_ranks_equal_one(ranks, name):
     for whole, *parts in zip(_run(), *ranks, strict=True):
         weights, state = whole[name]

@@ -257,8 +257,9 @@ def test_config_that_cannot_work_is_refused_before_training(shapes, tmp_path, ov
         (("NAME", "AdaptiveClassThreshold"), "pseudo/reliable_thresh"),
         (("NAME", "AdaptiveClassThreshold", "SOURCE", "sweep"), "pseudo/reliable_thresh"),
         (("NAME", "SoftMatchWeighting", "POOL_FLOOR", 0.0), "pseudo/running_mean"),
+        (("NAME", "GaussianMixtureThreshold"), "pseudo/reliable_thresh"),
     ],
-    ids=["queue", "sweep", "soft"],
+    ids=["queue", "sweep", "soft", "gmm"],
 )
 def test_every_filter_trains(shapes, tmp_path, keys, state):
     overrides = [f"SSOD.FILTER.{k}" if i % 2 == 0 else k for i, k in enumerate(keys)]

@@ -26,6 +26,7 @@ NO_ARGUMENTS = {"FILTER": {"NAME"}} | dict.fromkeys(METHODS, {"ENABLED"})
 # Published values that no recipe changes.
 NO_KEYS = {
     "AdaptiveClassThreshold": {"min_score"},
+    "GaussianMixtureThreshold": {"num_scores"},
     "SoftMatchWeighting": {"n_sigma"},
     "LABEL_MATCH": {"min_score", "min_iou", "temperature"},
 }
@@ -48,6 +49,9 @@ VALUES = {
         "START": ("paper", lambda f: f.start),
         "ALIGNMENT": ("none", lambda f: f.alignment),
         "POOL_FLOOR": (0.25, lambda f: f.pool_floor),
+    },
+    "GaussianMixtureThreshold": {
+        "SCORE_THRESH": (0.75, lambda f: f.score_thresh),
     },
     "LSM": {
         "WEIGHT": (0.25, lambda m: m.weight),
@@ -140,6 +144,8 @@ def test_what_is_given_comes_from_the_rest_of_the_config():
     labels = _filter("AdaptiveClassThreshold", "TEST.DETECTIONS_PER_IMAGE", 5)
     assert labels.queue.rows.shape == (12800, 5, 2)
     assert labels.reliable_thresh.shape == (NUM_CLASSES,)
+    mixture = _filter("GaussianMixtureThreshold", "TEST.DETECTIONS_PER_IMAGE", 5)
+    assert (mixture.max_detections, mixture.scores.shape) == (5, (NUM_CLASSES, 100))
     start = _filter("SoftMatchWeighting", "SSOD.FILTER.START", "paper").moments
     assert isinstance(start, RunningAverage)
     cfg = _config("SSOD.LSM.ENABLED", True, "SSOD.LSM.RPN_LOSS", True, "SSOD.LSM.HEAD", "main")
@@ -192,7 +198,9 @@ def test_a_lower_threshold_out_of_range_is_refused_where_it_is_used(name, low):
 
 
 def test_an_unknown_filter_is_refused_with_those_there_are():
-    with pytest.raises(InputError, match="AdaptiveClass.*Fixed.*SoftMatch.*got 'NoSuchFilter'"):
+    with pytest.raises(
+        InputError, match="AdaptiveClass.*Fixed.*Gaussian.*SoftMatch.*got 'NoSuchFilter'"
+    ):
         _filter("NoSuchFilter")
 
 

@@ -26,13 +26,14 @@ FILTERS = {
         *("SSOD.FILTER.NAME", "AdaptiveClassThreshold", "SSOD.FILTER.SOURCE", "sweep"),
         *("SSOD.FILTER.REFRESH_PERIOD", 2, "SSOD.FILTER.SWEEP_IMAGES", 4),
     ),
+    "gmm": ("SSOD.FILTER.NAME", "GaussianMixtureThreshold"),
     "soft": (
         *("SSOD.FILTER.NAME", "SoftMatchWeighting", "SSOD.FILTER.POOL_FLOOR", 0.0),
         *("SSOD.FILTER.SCOPE", "per_class"),
     ),
 }
 STATE = {"queue": "pseudo/reliable_thresh", "sweep": "pseudo/reliable_thresh"}
-STATE["soft"] = "pseudo/running_mean"
+STATE |= {"soft": "pseudo/running_mean", "gmm": "pseudo/reliable_thresh"}
 
 
 @pytest.fixture(scope="module", params=FILTERS)

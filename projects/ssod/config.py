@@ -60,6 +60,9 @@ def add_ssod_config(cfg: CfgNode) -> None:
     ssod.BURN_IN_ITERS = 2000
     # Share of the teacher kept at each update, in [0, 1) (Unbiased Teacher).
     ssod.EMA_DECAY = 0.9996
+    # Above 0 the share is at most t / (EMA_GAMMA + t), t iterations after the burn-in: a young
+    # teacher follows faster (MixPL, without a burn-in: 4, at every third iteration). 0: constant.
+    ssod.EMA_GAMMA = 0.0
     # Factor on every `*_unsup` loss (Unbiased Teacher: 4 on COCO 1-10 %, otherwise 2). 0: unlabeled
     # images are not used, the EMA is kept; the control every comparison needs.
     ssod.UNSUP_LOSS_WEIGHT = 4.0

@@ -107,6 +107,46 @@ def test_teacher_follows_the_ema_recurrence_after_the_burn_in(unsup_loss_weight)
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("burn_in_iters", [0, 2])
+@pytest.mark.parametrize("ema_gamma", [1.5, 4.0])
+def test_a_young_teacher_follows_faster(burn_in_iters, ema_gamma):
+    model = _model(burn_in_iters=burn_in_iters, ema_decay=0.6, ema_gamma=ema_gamma)
+    step = training_step(model)
+    train(step, burn_in_iters)
+    expected, decays = None, []
+    for t in range(9):
+        train(step, 1)
+        decays.append(min(0.6, 1 - ema_gamma / (ema_gamma + t)))
+        student = {name: tensor.double() for name, tensor in _state(model.student).items()}
+        expected = student if t == 0 else expected
+        for name, tensor in student.items():
+            expected[name] = decays[-1] * expected[name] + (1 - decays[-1]) * tensor
+        expected["norm.num_batches_tracked"] = student["norm.num_batches_tracked"]
+        for name, tensor in _state(model.teacher).items():
+            torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-6)
+    assert decays[0] == 0 and 0 < decays[1] < decays[-1] == 0.6
+
+
+def test_a_students_weight_is_a_power_of_its_iteration():
+    model = _model(burn_in_iters=5, ema_decay=0.9999, ema_gamma=4.0)
+    weights = []
+    for model.iteration in range(5, 405):
+        decay = model.current_decay
+        weights = [decay * w for w in weights] + [1 - decay]
+    assert sum(weights) == pytest.approx(1)
+    # 300 is 3 / 4 of 400, whose weight is the last.
+    assert weights[300] / weights[-1] == pytest.approx((3 / 4) ** 3, rel=0.02)
+
+
+def test_the_schedule_counts_from_the_burn_in_that_a_run_is_resumed_with():
+    model = trained(_model(burn_in_iters=3, ema_gamma=4.0), 2)
+    state = copy.deepcopy(model.state_dict())
+    for burn_in_iters, t in ((1, 1), (0, 2), (9, 0)):
+        other = _model(burn_in_iters=burn_in_iters, ema_decay=0.9, ema_gamma=4.0)
+        other.load_state_dict(state)
+        assert other.current_decay == pytest.approx(t / (4 + t))
+
+
 def test_unsupervised_losses_use_the_weak_view_of_the_teacher_and_the_strong_of_the_student():
     model = trained(_model(unsup_box_losses=True), 5)
     batch = make_batch(5)
@@ -271,6 +311,9 @@ def test_without_pseudo_labels_losses_and_metrics_are_finite():
         ("burn_in_iters", -1, "SSOD.BURN_IN_ITERS must be at least 0, got -1"),
         ("ema_decay", 1.0, r"SSOD.EMA_DECAY must be in \[0, 1\), got 1.0"),
         ("ema_decay", -0.1, r"SSOD.EMA_DECAY must be in \[0, 1\), got -0.1"),
+        ("ema_gamma", -1.0, "SSOD.EMA_GAMMA must be finite and at least 0, got -1.0"),
+        ("ema_gamma", float("nan"), "SSOD.EMA_GAMMA must be finite and at least 0, got nan"),
+        ("ema_gamma", float("inf"), "SSOD.EMA_GAMMA must be finite and at least 0, got inf"),
         ("unsup_loss_weight", -1.0, "SSOD.UNSUP_LOSS_WEIGHT must be at least 0, got -1.0"),
         ("labeled_views", "all", 'SSOD.LABELED_VIEWS must be "both".*got "all"'),
     ],

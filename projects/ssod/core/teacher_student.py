@@ -7,6 +7,7 @@ Shape shorthand: N images, R boxes of one image, K foreground classes, D embeddi
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -53,6 +54,7 @@ class TeacherStudent(nn.Module):
         pseudo_label_filter: decides what of the teacher's detections is learned.
         burn_in_iters: iterations of labeled-only training before the teacher starts.
         ema_decay: share of the teacher kept at each update, in [0, 1).
+        ema_gamma: at least 0. The share is smaller while the teacher is young, see `current_decay`.
         unsup_loss_weight: factor on every `*_unsup` loss. With 0 unlabeled images are not used,
             while the teacher averages as usual: the control of a comparison.
         unsup_box_losses: whether box losses are computed against pseudo-boxes.
@@ -70,6 +72,7 @@ class TeacherStudent(nn.Module):
         *,
         burn_in_iters: int,
         ema_decay: float,
+        ema_gamma: float = 0.0,
         unsup_loss_weight: float,
         unsup_box_losses: bool = False,
         labeled_views: LabeledViews = "both",
@@ -83,6 +86,8 @@ class TeacherStudent(nn.Module):
                 f"SSOD.EMA_DECAY must be in [0, 1), got {ema_decay}. "
                 "It is the share of the teacher kept at each update."
             )
+        if not 0 <= ema_gamma < math.inf:
+            raise InputError(f"SSOD.EMA_GAMMA must be finite and at least 0, got {ema_gamma}")
         if not unsup_loss_weight >= 0:
             raise InputError(f"SSOD.UNSUP_LOSS_WEIGHT must be at least 0, got {unsup_loss_weight}")
         if labeled_views not in ("both", "strong", "weak"):
@@ -99,6 +104,7 @@ class TeacherStudent(nn.Module):
         self.methods: Any = nn.ModuleDict(dict(methods or {}))
         self.burn_in_iters = burn_in_iters
         self.ema_decay = ema_decay
+        self.ema_gamma = ema_gamma
         self.unsup_loss_weight = unsup_loss_weight
         self.unsup_box_losses = unsup_box_losses
         self.labeled_views = labeled_views
@@ -164,11 +170,29 @@ class TeacherStudent(nn.Module):
             self.metrics |= method.metrics(step)
         return losses
 
+    @property
+    def current_decay(self) -> float:
+        """
+        Share of the teacher kept at the update of this iteration.
+
+        The smaller one of `ema_decay` and t / (ema_gamma + t), which is
+        1 - ema_gamma / (ema_gamma + t), t iterations after the burn-in: the schedule of MixPL's
+        code. With ema_gamma above 0 the first update, t = 0, copies the student. Then the
+        student of iteration t counts about as t ** (ema_gamma - 1), whatever the length of an
+        iteration, until `ema_decay` is the smaller.
+        """
+        # Not since the teacher's start, which is later if a run is resumed with a burn-in that was
+        # shortened. With one that was lengthened the teacher remains a copy until its end.
+        t = max(self.iteration - self.burn_in_iters, 0)
+        if self.ema_gamma == 0:
+            return self.ema_decay
+        return min(self.ema_decay, t / (self.ema_gamma + t))
+
     def after_step(self) -> None:
-        """Advance the iteration and the teacher; call once after each optimizer step."""
-        self.iteration += 1
+        """Advance the teacher and the iteration; call once after each optimizer step."""
         if self.teacher_started:
-            update_ema(self.teacher, self.student, self.ema_decay)
+            update_ema(self.teacher, self.student, self.current_decay)
+        self.iteration += 1
 
     def start_teacher_if_due(self) -> bool:
         """

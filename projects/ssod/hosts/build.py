@@ -26,6 +26,7 @@ def teacher_student_arguments(cfg: CfgNode, student: RegionDetector) -> dict[str
         "methods": build_methods(cfg, student),
         "burn_in_iters": ssod.BURN_IN_ITERS,
         "ema_decay": ssod.EMA_DECAY,
+        "ema_gamma": ssod.EMA_GAMMA,
         "unsup_loss_weight": ssod.UNSUP_LOSS_WEIGHT,
         "unsup_box_losses": ssod.UNSUP_BOX_LOSSES,
         "labeled_views": ssod.LABELED_VIEWS,

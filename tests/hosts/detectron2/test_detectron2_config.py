@@ -72,7 +72,7 @@ def _schedule(cfg):
 @pytest.fixture
 def cfg():
     overrides = ("SOLVER.REFERENCE_WORLD_SIZE", "4", "SSOD.DATA.UNLABELED_PER_BATCH", "8")
-    return merge_config(get_config(), "", overrides)
+    return merge_config(get_config(), "", (*overrides, "SSOD.EMA_GAMMA", "4"))
 
 
 def test_all_that_depends_on_the_batch_is_scaled(cfg):
@@ -94,6 +94,7 @@ def test_all_that_depends_on_the_batch_is_scaled(cfg):
     # The share of the teacher that is left after as many images is the same.
     assert scaled.SSOD.EMA_DECAY == pytest.approx(0.9996**2)
     assert scaled.SSOD.FILTER.EMA_DECAY == pytest.approx(0.999**2)
+    assert scaled.SSOD.EMA_GAMMA == cfg.SSOD.EMA_GAMMA == 4
     assert scaled.is_frozen() and cfg.SOLVER.IMS_PER_BATCH == 16
     assert _schedule(scale_to_world_size(scaled, 4)) == _schedule(cfg)
 

@@ -258,6 +258,7 @@ def test_keys_of_the_mean_teacher_reach_it():
     values = {
         "BURN_IN_ITERS": 7,
         "EMA_DECAY": 0.5,
+        "EMA_GAMMA": 4.0,
         "UNSUP_LOSS_WEIGHT": 0.25,
         "UNSUP_BOX_LOSSES": True,
         "LABELED_VIEWS": "weak",

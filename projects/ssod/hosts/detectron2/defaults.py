@@ -118,7 +118,8 @@ def scale_to_world_size(cfg: CfgNode, world_size: int) -> CfgNode:
     Detectron2's linear scaling (`DefaultTrainer.auto_scale_workers`: batch and learning rate up,
     schedule down) is applied to the unlabeled batch, the burn-in, and the iteration counts of
     filters and methods as well, and the EMAs of teacher and filter keep their length in images:
-    decay ** scale (https://arxiv.org/abs/2307.13813). With a reference of 0 nothing changes.
+    decay ** scale (https://arxiv.org/abs/2307.13813). `SSOD.EMA_GAMMA` stays: it weighs students by
+    their share of the training so far. With a reference of 0 nothing changes.
 
     Raises:
         InputError: if a batch is not a multiple of the reference.

@@ -89,6 +89,14 @@ def add_ssod_config(cfg: CfgNode) -> None:
     # Iterations between two lines of metrics, each of which waits for the device.
     ssod.LOG_PERIOD = 20
 
+    ssod.VIEWS = type(cfg)()
+    # Weak and strong view of an image are resized and flipped each by draws of its own (Soft
+    # Teacher, MixPL). False: they share them (Unbiased Teacher).
+    ssod.VIEWS.INDEPENDENT = False
+    # The strong view is also rotated or sheared by at most 30 degrees, or moved by at most 10 % of
+    # its sides: one of the three (Soft Teacher, MixPL).
+    ssod.VIEWS.WARP = False
+
     ssod.FILTER = type(cfg)()
     # A class of `PSEUDO_LABEL_FILTER_REGISTRY`.
     ssod.FILTER.NAME = "FixedThreshold"

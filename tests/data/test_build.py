@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
+import torch
 
 from ssod.data.build import build_train_loader, load_run_data
 from ssod.data.loader import first_samples
@@ -212,3 +213,53 @@ def test_image_that_is_labeled_and_unlabeled_is_refused(load, shapes, change):
     everything = ("SSOD.DATA.UNLABELED_JSON", "", "SSOD.DATA.UNLABELED_TRUTH_JSON", "")
     with pytest.raises(InputError, match="6 image files are both labeled and unlabeled"):
         load(*everything, "SSOD.DATA.UNLABELED_IMAGES", shapes / "images")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "uniform"),
+            'INPUT.MIN_SIZE_TRAIN_SAMPLING must be "choice" or "range", got \'uniform\'',
+        ),
+        (("INPUT.MIN_SIZE_TRAIN", "[48]"), r"smallest and the largest size .*range, got \(48,\)"),
+        (("INPUT.MIN_SIZE_TRAIN", "[48, 56, 64]"), r"got \(48, 56, 64\)"),
+        (("INPUT.MIN_SIZE_TRAIN", "[64, 48]"), r"got \(64, 48\)"),
+        (("INPUT.MIN_SIZE_TRAIN", "[0, 48]"), r"got \(0, 48\)"),
+    ],
+)
+def test_sizes_that_are_no_range_are_refused(tmp_path, shapes, overrides, message):
+    cfg = tiny_config(shapes, tmp_path, "INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", *overrides)
+    with pytest.raises(InputError, match=message) as error:
+        build_train_loader(cfg, load_run_data(cfg), 0)
+    assert "\n" not in str(error.value)
+
+
+def test_sizes_of_a_range_are_between_its_ends(tmp_path, shapes):
+    keys = ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range", "INPUT.MIN_SIZE_TRAIN", "[50, 53]")
+    cfg = tiny_config(shapes, tmp_path, *keys, "SOLVER.MAX_ITER", 20, "SSOD.BURN_IN_ITERS", 0)
+    batches = list(build_train_loader(cfg, load_run_data(cfg), 0))
+    views = [v for b in batches for v in (*b.labeled.weak, *b.unlabeled.weak)]
+    assert {min(view.shape[1:]) for view in views} == {50, 51, 52, 53}
+
+
+@pytest.mark.parametrize("key", ["INDEPENDENT", "WARP"])
+def test_keys_of_the_views_reach_the_batches(tmp_path, shapes, key):
+    cfg = tiny_config(shapes, tmp_path, f"SSOD.VIEWS.{key}", True, "SSOD.LABELED_VIEWS", "both")
+    batches = list(build_train_loader(cfg, load_run_data(cfg), BURN_IN_ITERS))
+    streams = [views for batch in batches for views in (batch.labeled, batch.unlabeled)]
+    for views in streams:
+        assert views.to_strong.shape == (2, 3, 3) and views.to_strong.dtype == torch.float64
+        assert len(views.erased) == 2 and all(e.shape[1:] == (4,) for e in views.erased)
+    shears = [v.to_strong[:, 0, 1].abs().max() for v in streams]
+    assert (max(shears) > 1e-3) == (key == "WARP")
+    sizes = [a.shape == b.shape for v in streams for a, b in zip(v.weak, v.strong, strict=True)]
+    assert all(sizes) == (key == "WARP")
+
+
+def test_a_weak_view_alone_has_no_geometry_of_its_own(tmp_path, shapes):
+    keys = ("SSOD.VIEWS.WARP", True, "SSOD.LABELED_VIEWS", "weak")
+    cfg = tiny_config(shapes, tmp_path, *keys)
+    for batch in build_train_loader(cfg, load_run_data(cfg), BURN_IN_ITERS):
+        assert batch.labeled.to_strong is None and batch.labeled.strong_targets is None
+        assert batch.labeled.erased == [] and batch.unlabeled.to_strong is not None

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssod.core.geometry import map_boxes
+from ssod.core.geometry import map_boxes, transfer_boxes
 from ssod.core.structures import TwoStreamBatch, Views
 from ssod.data.images import read_image
 from ssod.data.loader import FailedImages, build_test_loader, build_two_stream_loader
@@ -162,9 +162,57 @@ def test_a_second_strong_view_is_drawn_from_numbers_of_its_own(make_dataset):
 
 
 def test_a_second_strong_view_is_one_of_the_same_pixels(make_dataset, monkeypatch):
-    monkeypatch.setattr("ssod.data.views.strong_augment", lambda image, rng: image)
+    monkeypatch.setattr("ssod.data.views.strong_augment", lambda image, rng: (image, []))
     for batch in _batches(make_dataset("labeled"), make_dataset("unlabeled"), second_strong=True):
         assert _flat(batch.unlabeled.second_strong) == _flat(batch.unlabeled.weak)
+
+
+OWN = {"independent": True, "warp": True}
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_views_of_their_own_geometry_change_nothing_of_the_weak_ones(make_dataset, num_workers):
+    labeled, unlabeled = make_dataset("labeled"), make_dataset("unlabeled")
+    open(unlabeled.file_names[2], "wb").close()  # a replacement is drawn as well
+    run = partial(_batches, labeled, unlabeled, second_strong=True)
+    plain, batches = run(), run(num_workers=num_workers, **OWN)
+    assert [_flat(b) for b in run(start_iter=2, **OWN)] == [_flat(b) for b in batches[2:]]
+    for batch, expected in zip(batches, plain, strict=True):
+        assert expected.labeled.to_strong is expected.labeled.strong_targets is None
+        assert expected.labeled.erased == expected.unlabeled.erased == []
+        for views, others in (
+            (batch.labeled, expected.labeled),
+            (batch.unlabeled, expected.unlabeled),
+        ):
+            for name in ("weak", "targets", "image_ids", "second_strong"):
+                assert _flat(getattr(views, name)) == _flat(getattr(others, name))
+            assert views.to_strong.shape == (4, 3, 3) and views.to_strong.dtype == torch.float64
+            assert [e.dtype for e in views.erased] == [torch.float32] * 4
+        assert batch.unlabeled.strong_targets is None
+
+
+def test_targets_of_strong_views_are_what_is_left_of_them_there(make_dataset):
+    labeled = make_dataset("labeled")
+    counts = [0, 0]
+    for batch in _batches(labeled, None, max_iter=30, **OWN):
+        views = batch.labeled
+        rows = (views.targets, views.strong_targets, views.to_strong, views.strong, views.erased)
+        for targets, left, matrix, strong, erased in zip(*rows, strict=True):
+            size = tuple(strong.shape[1:])
+            boxes, is_left = transfer_boxes(targets.boxes, matrix, size, erased)
+            assert torch.equal(left.boxes, boxes[is_left])
+            assert left.classes.tolist() == targets.classes[is_left].tolist()
+            assert left.probs.shape == (len(left), 4) and (left.weights == 1).all()
+            counts[0] += len(left)
+            counts[1] += len(targets)
+    assert 0 < counts[0] < counts[1]
+
+
+def test_small_tensors_of_a_batch_share_storages(make_dataset):
+    """A worker holds a file descriptor open for each that it sends."""
+    for batch in _batches(make_dataset("labeled"), None, **OWN):
+        for tensors in (batch.labeled.erased, [t.boxes for t in batch.labeled.strong_targets]):
+            assert len({t.untyped_storage().data_ptr() for t in tensors}) == 1
 
 
 def test_a_sample_looks_different_in_every_epoch_and_stream(make_dataset):

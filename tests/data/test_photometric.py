@@ -65,7 +65,7 @@ def test_draws_and_pixels_are_the_same_without_opencv(image, monkeypatch):
     for cv2 in (photometric.cv2, None):
         monkeypatch.setattr(photometric, "cv2", cv2)
         rng = np.random.default_rng(3)
-        results.append([strong_augment(pixels, rng) for _ in range(40)])
+        results.append([strong_augment(pixels, rng)[0] for _ in range(40)])
         states.append(rng.bit_generator.state)
     assert states[0] == states[1]
     differences = [_mean_difference(a, b) for a, b in zip(*results, strict=True)]
@@ -75,7 +75,7 @@ def test_draws_and_pixels_are_the_same_without_opencv(image, monkeypatch):
 def test_input_is_not_changed_and_seeds_repeat(image):
     pixels = np.asarray(image)
     copy = pixels.copy()
-    one, two = (strong_augment(pixels, np.random.default_rng(8)) for _ in range(2))
+    one, two = (strong_augment(pixels, np.random.default_rng(8))[0] for _ in range(2))
     np.testing.assert_array_equal(one, two)
     np.testing.assert_array_equal(pixels, copy)
     assert one.shape == pixels.shape and one.dtype == np.uint8
@@ -91,7 +91,7 @@ def test_probabilities_of_jitter_grayscale_and_erasing():
     """On a flat colour, which blur does not change, the other steps can be told apart."""
     rng = np.random.default_rng(0)
     flat = np.full((16, 16, 3), (200, 90, 30), np.uint8)
-    results = [_colors(strong_augment(flat, rng)) for _ in range(1500)]
+    results = [_colors(strong_augment(flat, rng)[0]) for _ in range(1500)]
     main = np.array([colors[0] for colors in results])
     gray = (main >> 16 == main >> 8 & 255) & (main >> 16 == main & 255)
     # Four standard deviations of the largest share below are 0.04.
@@ -106,7 +106,7 @@ def test_probability_of_blur():
     rng = np.random.default_rng(0)
     halves = np.full((16, 16, 3), (200, 90, 30), np.uint8)
     halves[8:] = (40, 80, 160)
-    sharp = np.mean([len(_colors(strong_augment(halves, rng))) == 2 for _ in range(1500)])
+    sharp = np.mean([len(_colors(strong_augment(halves, rng)[0])) == 2 for _ in range(1500)])
     # Below a sigma of 0.3, a tenth of the blurs, nothing can be seen of it.
     assert sharp == pytest.approx(0.105 * (0.5 + 0.5 * 0.1), abs=0.02)
 
@@ -143,8 +143,27 @@ def test_erased_pixels_are_uniform_noise():
     assert counts.min() > 0.7 * counts.mean() and counts.max() < 1.3 * counts.mean()
 
 
+def test_erased_rectangles_are_told_exactly():
+    """On one flat colour noise is what has another one; nearly every pixel of it."""
+    rng = np.random.default_rng(0)
+    flat = np.full((60, 80, 3), (200, 90, 30), np.uint8)
+    counts = []
+    for _ in range(60):
+        pixels, erased = strong_augment(flat, rng)
+        is_told = np.zeros((60, 80), bool)
+        for x1, y1, x2, y2 in erased:
+            assert 0 <= x1 <= x2 <= 80 and 0 <= y1 <= y2 <= 60
+            is_told[y1:y2, x1:x2] = True
+        colors = _colors(pixels)
+        has_noise = (pixels.astype(int) @ [1 << 16, 1 << 8, 1]) != colors[0]
+        assert not (has_noise & ~is_told).any()
+        assert (has_noise == is_told).mean() > 0.999
+        counts.append(len(erased))
+    assert set(counts) == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (2, 3)])
 def test_tiny_images(size):
     rng = np.random.default_rng(0)
     for _ in range(30):
-        assert strong_augment(np.zeros((*size, 3), np.uint8), rng).shape == (*size, 3)
+        assert strong_augment(np.zeros((*size, 3), np.uint8), rng)[0].shape == (*size, 3)

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 from fvcore.common.config import CfgNode
 from PIL import Image
 
@@ -142,13 +143,25 @@ def _pseudo_labels(
 
 
 def _draw_views(sample: TrainingSample, notes: Sequence[str], **boxes: Any) -> Iterator[_Cell]:
-    """Draw the same boxes on the weak and, if there is one, the strong view."""
-    views = {"weak": sample.weak, "strong": sample.strong}
-    for (name, view), note in zip(views.items(), notes, strict=True):
+    """Draw boxes of the weak view on it and, if there is one, what is left in the strong view."""
+    views = {"weak": (sample.weak, boxes), "strong": (sample.strong, _in_strong(sample, boxes))}
+    for (name, (view, drawn)), note in zip(views.items(), notes, strict=True):
         if view is not None:
             image = view.permute(1, 2, 0).numpy()
-            picture = draw_boxes(image, scale=_SIDE / max(image.shape), **boxes)
+            picture = draw_boxes(image, scale=_SIDE / max(image.shape), **drawn)
             yield picture, f"{sample.image_id}: {name} view{note}"
+
+
+def _in_strong(sample: TrainingSample, boxes: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `draw_boxes` for the strong view, given those for the weak one."""
+    moved, is_left = sample.in_strong(torch.as_tensor(boxes["boxes"], dtype=torch.float32))
+    rows = is_left.nonzero().flatten().tolist()
+    drawn = {name: [boxes[name][row] for row in rows] for name in boxes if name != "true_boxes"}
+    drawn["boxes"] = moved[is_left].numpy()
+    if "true_boxes" in boxes:
+        moved, is_left = sample.in_strong(torch.as_tensor(boxes["true_boxes"]))
+        drawn["true_boxes"] = moved[is_left].numpy()
+    return drawn
 
 
 def _draw_labeled(samples: list[TrainingSample], names: Sequence[str], cfg: CfgNode) -> _Drawn:

@@ -22,6 +22,7 @@ from ssod.data.datasets import (
 from ssod.data.loader import build_two_stream_loader
 from ssod.data.reading import OnProblem, stop
 from ssod.data.splits import make_split
+from ssod.data.views import check_view_keys
 from ssod.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -268,12 +269,9 @@ def build_train_loader(
     Build the loader of a run's batches from `start_iter` to the end; see `build_two_stream_loader`.
 
     Raises:
-        InputError: for a value of `INPUT.RANDOM_FLIP` other than "horizontal" and "none".
+        InputError: as `check_view_keys`.
     """
-    if cfg.INPUT.RANDOM_FLIP not in ("horizontal", "none"):
-        raise InputError(
-            f'INPUT.RANDOM_FLIP must be "horizontal" or "none", got {cfg.INPUT.RANDOM_FLIP!r}'
-        )
+    check_view_keys(cfg.INPUT)
     return build_two_stream_loader(
         data.labeled,
         data.unlabeled if cfg.SSOD.UNSUP_LOSS_WEIGHT > 0 else None,
@@ -284,8 +282,11 @@ def build_train_loader(
         start_iter=start_iter,
         max_iter=cfg.SOLVER.MAX_ITER,
         min_sizes=cfg.INPUT.MIN_SIZE_TRAIN,
+        size_range=cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range",
         max_size=cfg.INPUT.MAX_SIZE_TRAIN,
         flip=cfg.INPUT.RANDOM_FLIP == "horizontal",
+        independent=cfg.SSOD.VIEWS.INDEPENDENT,
+        warp=cfg.SSOD.VIEWS.WARP,
         num_workers=cfg.DATALOADER.NUM_WORKERS,
         rank=rank,
         world_size=world_size,

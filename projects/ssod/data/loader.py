@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ssod.core.structures import Targets, TwoStreamBatch, Views
@@ -33,6 +34,9 @@ def build_two_stream_loader(
     max_size: int,
     flip: bool,
     num_workers: int,
+    size_range: bool = False,
+    independent: bool = False,
+    warp: bool = False,
     pin_memory: bool = False,
     labeled_strong: bool = True,
     second_strong: bool = False,
@@ -61,6 +65,9 @@ def build_two_stream_loader(
         min_sizes=min_sizes,
         max_size=max_size,
         flip=flip,
+        size_range=size_range,
+        independent=independent,
+        warp=warp,
         labeled_strong=labeled_strong,
         second_strong=second_strong,
     )
@@ -172,22 +179,32 @@ class FailedImages:
 def _collate(samples: list[TrainingSample], num_classes: int) -> TwoStreamBatch:
     labeled = [sample for sample in samples if sample.stream == LABELED]
     unlabeled = [sample for sample in samples if sample.stream != LABELED]
-    # All boxes together, like all images below: every tensor storage that a worker sends holds a
-    # file descriptor open, and a process may have few.
-    boxes = torch.cat([sample.boxes for sample in labeled])
-    classes = torch.cat([sample.classes for sample in labeled])
-    targets = Targets.from_ground_truth(boxes, classes, num_classes)
-    ends = np.cumsum([len(sample.boxes) for sample in labeled]).tolist()
-    starts = [0, *ends[:-1]]
+    views = _make_batch(labeled)
+    views.targets = _make_targets([(s.boxes, s.classes) for s in labeled], num_classes)
+    if views.to_strong is not None:
+        moved = [(s.classes, *s.in_strong(s.boxes)) for s in labeled]
+        left = [(boxes[rows], classes[rows]) for classes, boxes, rows in moved]
+        views.strong_targets = _make_targets(left, num_classes)
     return TwoStreamBatch(
-        labeled=_make_batch(labeled, [targets[a:b] for a, b in zip(starts, ends, strict=True)]),
-        unlabeled=_make_batch(unlabeled, None) if unlabeled else None,
+        labeled=views,
+        unlabeled=_make_batch(unlabeled) if unlabeled else None,
         failed=[file_name for sample in samples for file_name in sample.failed],
         file_names=[sample.file_name for sample in labeled + unlabeled],
     )
 
 
-def _make_batch(samples: list[TrainingSample], targets: list[Targets] | None) -> Views:
+def _make_targets(columns: list[tuple[Tensor, Tensor]], num_classes: int) -> list[Targets]:
+    """Make targets of the (M_i, 4) boxes and (M_i,) classes of each image."""
+    # All boxes together, like all images below: every tensor storage that a worker sends holds a
+    # file descriptor open, and a process may have few.
+    boxes, classes = (torch.cat(column) for column in zip(*columns, strict=True))
+    targets = Targets.from_ground_truth(boxes, classes, num_classes)
+    ends = np.cumsum([len(boxes) for boxes, _ in columns]).tolist()
+    return [targets[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _make_batch(samples: list[TrainingSample]) -> Views:
+    """Make views without targets."""
     lists = [
         [sample.weak for sample in samples],
         [sample.strong for sample in samples if sample.strong is not None],
@@ -198,8 +215,13 @@ def _make_batch(samples: list[TrainingSample], targets: list[Targets] | None) ->
     parts = storage.split([view.numel() for view in views])
     stored = iter([part.view(view.shape) for part, view in zip(parts, views, strict=True)])
     weak, strong, second_strong = (list(islice(stored, len(views))) for views in lists)
-    image_ids = [sample.image_id for sample in samples]
-    return Views(weak, strong, targets, image_ids, second_strong)
+    found = Views(weak, strong, None, [sample.image_id for sample in samples], second_strong)
+    matrices = [sample.to_strong for sample in samples if sample.to_strong is not None]
+    if matrices:  # of all images or of none
+        found.to_strong = torch.stack(matrices)
+        erased = [sample.erased for sample in samples]
+        found.erased = list(torch.cat(erased).split([len(boxes) for boxes in erased]))
+    return found
 
 
 class _BatchDataset(Dataset):

@@ -32,7 +32,9 @@ _ERASURES = (
 _ERASE_TRIES = 10
 
 
-def strong_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def strong_augment(
+    image: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, list[tuple[int, int, int, int]]]:
     """
     Apply colour jitter, grayscale, blur and three random erasings to a copy of the image.
 
@@ -43,6 +45,9 @@ def strong_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     Args:
         image: (H, W, 3) uint8 RGB.
         rng: source of every random decision; OpenCV or not makes no difference to the draws.
+
+    Returns:
+        (H, W, 3) uint8 RGB, and the at most three erased rectangles, XYXY pixels; they may overlap.
     """
     result = Image.fromarray(image)
     if rng.random() < _JITTER_PROB:
@@ -52,10 +57,11 @@ def strong_augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < _BLUR_PROB:
         result = blur(result, rng.uniform(*_BLUR_SIGMA))
     pixels = np.array(result)
+    erased = []
     for prob, area, ratio in _ERASURES:
         if rng.random() < prob:
-            _erase(pixels, area, ratio, rng)
-    return pixels
+            erased += _erase(pixels, area, ratio, rng)
+    return pixels, erased
 
 
 def _color_jitter(image: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -100,16 +106,17 @@ def _erase(
     area_range: tuple[float, float],
     ratio_range: tuple[float, float],
     rng: np.random.Generator,
-) -> None:
-    """Fill a random rectangle with noise, in place; nothing if no try fits into the image."""
+) -> list[tuple[int, int, int, int]]:
+    """Fill a random rectangle with noise, in place; none if no try fits into the image."""
     height, width = pixels.shape[:2]
     for _ in range(_ERASE_TRIES):
         area = rng.uniform(*area_range) * height * width
         ratio = math.exp(rng.uniform(*np.log(ratio_range)))
         h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if h < height and w < width:
-            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
             pixels[top : top + h, left : left + w] = rng.integers(
                 256, size=(h, w, 3), dtype=np.uint8
             )
-            return
+            return [(left, top, left + w, top + h)]
+    return []

@@ -7,7 +7,7 @@ neither the number of workers nor the iteration a run was resumed at makes a dif
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ssod.core.geometry import transfer_boxes
 from ssod.data.images import read_image
 from ssod.data.records import DetectionDataset, ImageRecord
 from ssod.data.sampler import LABELED, SampleKey
@@ -35,13 +36,17 @@ class TrainingSample:
     Attributes:
         stream: LABELED or UNLABELED.
         weak: (3, h, w) uint8.
-        strong: the same shape; None for a labeled image of which only the weak view is learned.
-        boxes: (M, 4) float32 pixels of the views.
+        strong: the same shape, unless there is `to_strong`; None for a labeled image of which only
+            the weak view is learned.
+        boxes: (M, 4) float32 pixels of the weak view.
         classes: (M,) int64.
         image_id: of the image used.
         file_name: the same.
         failed: files that could not be decoded before one could.
-        second_strong: like `strong`, drawn independently; None unless it is wanted.
+        second_strong: of the weak view's pixels, drawn independently; None unless it is wanted.
+        to_strong: (3, 3) float64 from pixels of the weak to those of the strong view; None if they
+            are the same.
+        erased: (E, 4) float32 rectangles of the strong view; empty if `to_strong` is None.
     """
 
     stream: int
@@ -53,6 +58,15 @@ class TrainingSample:
     file_name: str
     failed: list[str]
     second_strong: Tensor | None = None
+    to_strong: Tensor | None = None
+    erased: Tensor = field(default_factory=lambda: torch.empty(0, 4))
+
+    def in_strong(self, boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (M, 4) boxes of the weak view in the strong one, and (M,) which are left there."""
+        if self.to_strong is None or self.strong is None:
+            return boxes, torch.ones(len(boxes), dtype=torch.bool)
+        height, width = self.strong.shape[1:]
+        return transfer_boxes(boxes, self.to_strong, (height, width), self.erased)
 
 
 class TwoStreamDataset(Dataset):
@@ -105,7 +119,7 @@ class TwoStreamDataset(Dataset):
         if stream == LABELED:
             _check_size(record, image)
         rng = np.random.default_rng((self._seed, stream, n))
-        weak, strong, boxes = make_views(
+        views = make_views(
             image,
             record.boxes,
             rng=rng,
@@ -115,10 +129,20 @@ class TwoStreamDataset(Dataset):
         second = None
         if stream != LABELED and self._second_strong:
             rng = np.random.default_rng((self._seed, stream, n, _SECOND_STRONG))
-            second = strong_view(weak, rng)
-        classes = torch.from_numpy(record.classes)
-        source = (record.image_id, record.file_name)
-        return TrainingSample(stream, weak, strong, boxes, classes, *source, failed, second)
+            second = strong_view(views.weak, rng)
+        return TrainingSample(
+            stream,
+            views.weak,
+            views.strong,
+            views.boxes,
+            torch.from_numpy(record.classes),
+            record.image_id,
+            record.file_name,
+            failed,
+            second,
+            views.to_strong,
+            views.erased,
+        )
 
 
 @dataclass

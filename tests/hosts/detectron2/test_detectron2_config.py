@@ -19,7 +19,6 @@ def test_the_defaults_can_be_used():
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"),
         ("INPUT.CROP.ENABLED", "True"),
         ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
         ("DATALOADER.ASPECT_RATIO_GROUPING", "False"),

@@ -23,7 +23,6 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {  # values; what else Detectron2 has i
     "MODEL.RPN.BBOX_REG_LOSS_TYPE": ("smooth_l1", "giou", "diou", "ciou"),
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2", "ROIAlign", "ROIPool"),
     "INPUT.FORMAT": ("BGR", "RGB"),
-    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice",),
     "INPUT.CROP.ENABLED": (False,),
     "DATALOADER.SAMPLER_TRAIN": ("TrainingSampler",),
     "DATALOADER.ASPECT_RATIO_GROUPING": (True,),

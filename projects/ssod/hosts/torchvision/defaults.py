@@ -18,7 +18,9 @@ def get_config() -> CfgNode:
     cfg.MODEL = _model()
     cfg.INPUT = CfgNode(
         {
+            # Of the shorter side: one of these, "choice", or from the first to the second, "range".
             "MIN_SIZE_TRAIN": (800,),
+            "MIN_SIZE_TRAIN_SAMPLING": "choice",
             "MAX_SIZE_TRAIN": 1333,
             "MIN_SIZE_TEST": 800,
             "MAX_SIZE_TEST": 1333,

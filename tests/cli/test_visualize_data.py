@@ -7,10 +7,11 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from ssod.cli import visualize_data
 from ssod.cli.main import main
 from ssod.data.build import build_train_loader, load_run_data
 from ssod.data.loader import first_samples
-from ssod.evaluation.drawing import PALETTE, TRUTH_COLOR
+from ssod.evaluation.drawing import PALETTE, TRUTH_COLOR, draw_boxes
 from ssod.hosts.checkpoint import load_run
 from ssod.hosts.torchvision import host
 from ssod.hosts.torchvision.run import CHECKPOINT_NAME
@@ -123,6 +124,38 @@ def test_config_without_unlabeled_images(visualize, options, first_run, capsys, 
     assert len(_rows(printed := capsys.readouterr().out, "/labeled.png")) == 3
     assert "no unlabeled images" in printed
     assert any("--weights is not used" in r.getMessage() for r in caplog.records)
+
+
+def test_boxes_of_a_strong_view_are_drawn_where_they_are_there(visualize, shapes, tmp_path):
+    """The labels, one by one, in a run whose strong views are warped and nothing else."""
+    keys = ("SSOD.VIEWS.INDEPENDENT", True, "SSOD.VIEWS.WARP", True, "SSOD.LABELED_VIEWS", "both")
+    cfg = tiny_config(shapes, tmp_path, *keys)
+    batch = next(iter(build_train_loader(cfg, load_run_data(cfg), BURN_IN_ITERS)))
+    samples, _ = first_samples(build_train_loader(cfg, load_run_data(cfg), BURN_IN_ITERS), 2)
+    rows = zip(samples, batch.labeled.strong, batch.labeled.strong_targets, strict=True)
+    for sample, strong, targets in rows:
+        names = [str(label) for label in sample.classes.tolist()]
+        boxes = {
+            "boxes": sample.boxes.numpy(),
+            "classes": sample.classes.numpy(),
+            "texts": names,
+            "dashed": np.zeros(len(names), bool),
+            "true_boxes": sample.boxes.numpy(),
+        }
+        _, (picture, text) = visualize_data._draw_views(sample, ("", ""), **boxes)
+        assert "strong view" in text
+        image = strong.permute(1, 2, 0).numpy()
+        labels = targets.classes.tolist()
+        arguments = (targets.boxes.numpy(), labels, [str(label) for label in labels])
+        truth = {"true_boxes": targets.boxes.numpy()}
+        expected = draw_boxes(image, *arguments, scale=480 / max(image.shape), **truth)
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(expected))
+
+
+def test_hidden_truth_and_labels_of_warped_views_are_drawn(visualize, first_run):
+    options = ("SSOD.VIEWS.INDEPENDENT", True, "SSOD.VIEWS.WARP", True)
+    status, pictures = visualize("--num-images", 6, "--weights", first_run, options=options)
+    assert status == 0 and _has_truth(pictures["unlabeled.png"])
 
 
 def test_only_views_that_are_made_are_drawn(visualize):

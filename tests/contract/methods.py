@@ -77,8 +77,11 @@ COUNTS = (
     # Enough labeled boxes that the most frequent class has a prototype.
     *("SOLVER.IMS_PER_BATCH", 4),
 )
+OWN_GEOMETRY = ("SSOD.VIEWS.INDEPENDENT", True, "SSOD.VIEWS.WARP", True)
 CASES = {
     "fixed": Case(),
+    "fixed, views of their own geometry": Case(keys=OWN_GEOMETRY),
+    "LSM, views of their own geometry": Case(keys=(*UNDECIDED, *OWN_GEOMETRY), **DISTILS),
     "ACT": Case("AdaptiveClassThreshold", ("SSOD.FILTER.QUEUE_IMAGES", 64)),
     "ACT, sweep": Case(
         "AdaptiveClassThreshold",

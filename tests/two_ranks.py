@@ -40,6 +40,8 @@ ALL = GIVEN | {
         if case.methods and (case.filter == "FixedThreshold" or case.is_local)
         else ()
     )
+    # Each process draws the size of its mosaic anew; images of one size are mixed without a draw.
+    + (("SSOD.MIXPL.MOSAIC_WEIGHT", 0) if "MIXPL" in case.methods else ())
     for name, case in CASES.items()
 }
 

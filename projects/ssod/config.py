@@ -68,6 +68,11 @@ def add_ssod_config(cfg: CfgNode) -> None:
     ssod.UNSUP_LOSS_WEIGHT = 4.0
     # Learn box coordinates from pseudo-boxes as well. Unbiased Teacher leaves these losses out.
     ssod.UNSUP_BOX_LOSSES = False
+    # Unlabeled images without a pseudo-box, undecided ones included: all of them is "background"
+    # (Unbiased Teacher); they are "left_out"; or losses of unlabeled images are multiplied by the
+    # "share" of those with one, of each pass and process (MixPL's code is stricter: 0 if any has
+    # none).
+    ssod.EMPTY_IMAGES = "background"
     # Views of a labeled image that are learned: "both" (Unbiased Teacher), "strong" or "weak".
     ssod.LABELED_VIEWS = "both"
     # The RPN ignores anchors of targets with a smaller weight, in [0, 1].
@@ -119,6 +124,8 @@ def add_ssod_config(cfg: CfgNode) -> None:
     _add_contrastive(ssod.CONTRASTIVE)
     ssod.DASO = type(cfg)()
     _add_daso(ssod.DASO)
+    ssod.MIXPL = type(cfg)()
+    _add_mixing(ssod.MIXPL)
 
     ssod.DATA = type(cfg)()
     data = ssod.DATA
@@ -254,6 +261,17 @@ def _add_daso(group: CfgNode) -> None:
     group.WINDOW = 100
     # Probability from which a detection counts and is aligned (ours: the paper has none).
     group.POOL_FLOOR = 0.5
+
+
+def _add_mixing(group: CfgNode) -> None:
+    # Strong views mixed with others of the same pass and process, which needs at least 4 unlabeled
+    # images there (2 without the mosaic). Published with UNSUP_BOX_LOSSES True.
+    group.ENABLED = False
+    # Replace each strong view by the mean of it and another, with the pseudo-boxes of both (MixPL).
+    group.MIXUP = True
+    # Factor on the losses of one more image a pass, of four strong views in a smaller size, within
+    # UNSUP_LOSS_WEIGHT (MixPL); 0: none.
+    group.MOSAIC_WEIGHT = 0.5
 
 
 def add_detectron2_config(cfg: CfgNode) -> None:

@@ -17,7 +17,10 @@ from ssod.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-GIVEN = ("num_classes", "max_detections", "passes", "student", "unsup_box_losses")  # are no keys
+GIVEN = (  # are no keys
+    *("num_classes", "max_detections", "passes"),
+    *("student", "unsup_box_losses", "unlabeled_per_pass"),
+)
 
 
 def load_plugin(path: str, cfg: CfgNode) -> None:

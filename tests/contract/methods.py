@@ -78,6 +78,14 @@ COUNTS = (
     *("SOLVER.IMS_PER_BATCH", 4),
 )
 OWN_GEOMETRY = ("SSOD.VIEWS.INDEPENDENT", True, "SSOD.VIEWS.WARP", True)
+# Passes of four images, the fewest that a mosaic takes; an iteration of a run has two.
+MIXPL = {
+    "methods": ("MIXPL",),
+    "losses": tuple(f"loss_{n}_mosaic_unsup" for n in ("cls", "box_reg", "rpn_cls", "rpn_loc")),
+    "off": ("SSOD.MIXPL.MIXUP", False, "SSOD.MIXPL.MOSAIC_WEIGHT", 0),
+    "is_local": True,
+}
+FOURS = ("SSOD.DATA.UNLABELED_PER_BATCH", 8)
 CASES = {
     "fixed": Case(),
     "fixed, views of their own geometry": Case(keys=OWN_GEOMETRY),
@@ -154,5 +162,15 @@ CASES = {
         losses=(*DASO["losses"], *LABEL_MATCH["losses"], *DISTILS["losses"]),
         off=(*DASO["off"], *LABEL_MATCH["off"], *LSM["off"], "SSOD.FILTER.UNDECIDED_THRESH", 0.9),
         trains=True,
+    ),
+    "MixPL": Case(keys=FOURS, **MIXPL),
+    "MixPL, LSM": Case(
+        "SoftMatchWeighting",
+        (*SOFT, *FOURS),
+        methods=("LSM", "MIXPL"),
+        losses=(*DISTILS["losses"], *MIXPL["losses"]),
+        off=(*LSM["off"], *MIXPL["off"]),
+        trains=True,
+        is_local=True,
     ),
 }

@@ -28,6 +28,10 @@ class FakeDetector(RegionDetector):
         self.classifier = nn.Linear(4 + 1, NUM_CLASSES + 1)
         self.box_deltas = nn.Linear(4 + 1, 4)
 
+    @property
+    def mean_color(self):
+        return torch.zeros(3)
+
     def preprocess(self, images):
         tensor = torch.stack(images).float() / 255
         return ImageBatch(tensor, [tuple(image.shape[-2:]) for image in images])

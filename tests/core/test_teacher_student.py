@@ -7,8 +7,10 @@ from fake_detector import LOSS_NAMES, FakeDetector
 from fake_training import make_batch, train, trained, training_step
 
 from ssod.core.filters import FixedThreshold
+from ssod.core.method import Step
+from ssod.core.strong_views import describe, leave_out_empty
 from ssod.core.structures import PseudoLabels
-from ssod.core.teacher_student import TeacherStudent, _describe
+from ssod.core.teacher_student import TeacherStudent
 
 BOX_LOSSES = {"loss_box_reg", "loss_rpn_loc"}
 
@@ -275,6 +277,7 @@ def test_metrics_describe_the_pseudo_labels():
         "pseudo/undecided_per_image": 0,
         "pseudo/score_per_image": sum(scores) / 3,
         "pseudo/weight_per_image": sum(scores) / 2 / 3,
+        "pseudo/empty_images": sum(not len(label) for label in labels) / 3,
     }
     assert {name: float(value) for name, value in model.metrics.items()} == pytest.approx(expected)
     assert not any("loss" in name for name in model.metrics)
@@ -287,11 +290,15 @@ def test_metrics_leave_undecided_boxes_out():
     rest = torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64)
     reliable = torch.tensor([True, True, False])
     labels = PseudoLabels(*rest, scores, weights, weights, torch.zeros(3, 4), reliable)
-    assert {name: float(value) for name, value in _describe([labels, labels[:0]]).items()} == {
+    views = make_batch().unlabeled[:2]
+    step = Step(None, None, 0, None, unlabeled=views, pseudo_labels=[labels, labels[:0]])
+    assert leave_out_empty(step, "background") == 1
+    assert {name: float(value) for name, value in describe(step).items()} == {
         "pseudo/num_per_image": 1,
         "pseudo/undecided_per_image": 0.5,
         "pseudo/score_per_image": pytest.approx(0.85),
         "pseudo/weight_per_image": 0.5,
+        "pseudo/empty_images": 0.5,
     }
 
 
@@ -302,6 +309,7 @@ def test_without_pseudo_labels_losses_and_metrics_are_finite():
     assert all(loss.isfinite() for loss in losses.values())
     assert all(p.grad.isfinite().all() for p in model.student.parameters())
     assert losses["loss_box_reg_unsup"] == 0
+    assert model.metrics.pop("pseudo/empty_images") == 1
     assert [float(value) for value in model.metrics.values()] == [0.0] * 4
 
 

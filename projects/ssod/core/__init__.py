@@ -8,6 +8,7 @@ from ssod.core import (
     gaussian_mixture,
     label_match,
     low_resolution,
+    mixing,
     soft_match,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "gaussian_mixture",
     "label_match",
     "low_resolution",
+    "mixing",
     "soft_match",
 ]

@@ -170,7 +170,7 @@ class Views(TensorFields):
         second_strong: of the weak views' pixels, drawn independently. Empty unless a method asks
             for it.
         to_strong: (N, 3, 3) from pixels of the weak to those of the strong views, None if they are
-            the same.
+            the same, or mixed: `layers` say it then.
         strong_targets: those of `targets` that are left in the strong views, in pixels of these;
             None if they are the same.
         erased: (E_i, 4) erased rectangles of strong views, empty if `to_strong` is None.

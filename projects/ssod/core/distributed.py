@@ -53,3 +53,12 @@ def seed_step(seed: int, iteration: int) -> None:
     """
     # Distinct below iteration 1,000,003, which is iteration 0 of the next seed, and rank 65,537.
     torch.manual_seed(((seed * 1_000_003 + iteration) * 65_537 + get_rank()) % 2**63)
+
+
+def step_generator(salt: int) -> torch.Generator:
+    """
+    Return a generator of its own for one training iteration.
+
+    Others' draws stay as they are.
+    """
+    return torch.Generator().manual_seed((torch.initial_seed() + salt) % 2**63)

@@ -22,6 +22,7 @@ from torch.nn.utils import skip_init
 from ssod.core.losses import weighted_box_loss, weighted_classification_loss
 from ssod.core.structures import Detections, ImageBatch, RegionOutput, RegionSamples, Targets
 
+BOX_LOSSES = ("loss_box_reg", "loss_rpn_loc")
 Features = dict[str, Tensor]
 Rescore = Callable[[Tensor, Tensor], Tensor]
 Reweight = Callable[[RegionSamples, RegionOutput], RegionSamples]
@@ -86,6 +87,11 @@ class RegionDetector(nn.Module, ABC):
     box_loss_beta = 0.0
     loss_weights: Mapping[str, float] = {}
     score_floor: float
+
+    @property
+    @abstractmethod
+    def mean_color(self) -> Tensor:
+        """The (3,) RGB color, of 0 to 255, that `preprocess` makes 0, with which it pads."""
 
     @abstractmethod
     def preprocess(self, images: list[Tensor]) -> ImageBatch:

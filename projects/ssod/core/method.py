@@ -51,18 +51,23 @@ class Step:
         labeled_features: the student's, of `labeled_batch`.
         labeled_output: the student's losses of `labeled_batch`.
         unlabeled: views of N unlabeled images; None while the iteration uses none, like all below.
-            Of S strong views, which `mix` may have changed.
+            Of S strong views, which `mix` may have changed, and of which those without a pseudo-box
+            may have been left out.
         teacher_features: of the weak views.
         candidates: what the teacher sees in the weak views before non-maximum suppression.
         detections: the teacher's, in the weak views.
         pseudo_labels: what the filter kept of them, undecided boxes included. A method that decides
             about boxes in this iteration changes them here, for the methods after it as well.
-        learned: those of them that are the main branch's targets, as they were then.
+        unmixed: the unlabeled images before `mix`.
+        unmixed_labels: their pseudo-labels, as they were then.
+        empty_images: share of the strong views that had no pseudo-box, undecided ones included.
+        learned: those of `pseudo_labels` that are the main branch's targets, as they were then.
         batch: the S strong views.
         features: the student's, of `batch`.
         main: the main branch's losses of `batch`.
         shared: what a method computes in one hook for another, under names of its own.
         rescore: all methods' `rescore`, for what the teacher says of other regions.
+        drops_undecided: whether boxes that are not `reliable` are background to the main branch.
     """
 
     student: RegionDetector
@@ -77,12 +82,16 @@ class Step:
     candidates: Candidates | None = None
     detections: list[Detections] = field(default_factory=list)
     pseudo_labels: list[PseudoLabels] = field(default_factory=list)
+    unmixed: Views | None = None
+    unmixed_labels: list[PseudoLabels] = field(default_factory=list)
+    empty_images: float = 0.0
     learned: list[PseudoLabels] = field(default_factory=list)
     batch: ImageBatch | None = None
     features: Features = field(default_factory=dict)
     main: LossOutput | None = None
     shared: dict[str, Any] = field(default_factory=dict)
     rescore: Rescore = lambda class_probs, embeddings: class_probs
+    drops_undecided: bool = False
 
     def weak_boxes(self, layer: Layer, boxes: list[Tensor]) -> list[Tensor]:
         """Return where a layer of the strong views has their boxes, (R_i, 4), in the weak view."""

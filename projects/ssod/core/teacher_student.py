@@ -9,27 +9,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ssod.core.ema import update_ema
 from ssod.core.filters import PseudoLabelFilter, kept_rows
-from ssod.core.geometry import transfer_boxes
-from ssod.core.interfaces import RegionDetector
+from ssod.core.interfaces import BOX_LOSSES, RegionDetector
 from ssod.core.method import Method, Step
-from ssod.core.structures import (
-    PseudoLabels,
-    RegionOutput,
-    RegionSamples,
-    TwoStreamBatch,
-)
+from ssod.core.strong_views import EmptyImages, describe, leave_out_empty, transfer
+from ssod.core.structures import PseudoLabels, RegionOutput, RegionSamples, TwoStreamBatch
 from ssod.errors import InputError
 
-BOX_LOSSES = ("loss_box_reg", "loss_rpn_loc")
 LabeledViews = Literal["both", "strong", "weak"]
 
 
@@ -58,6 +51,8 @@ class TeacherStudent(nn.Module):
         unsup_loss_weight: factor on every `*_unsup` loss. With 0 unlabeled images are not used,
             while the teacher averages as usual: the control of a comparison.
         unsup_box_losses: whether box losses are computed against pseudo-boxes.
+        empty_images: what is learned of strong views without a pseudo-box, undecided ones
+            included; `EmptyImages` says.
         labeled_views: views of labeled images the student learns from.
         methods: what to add, by name; hooks are called in this order.
 
@@ -75,6 +70,7 @@ class TeacherStudent(nn.Module):
         ema_gamma: float = 0.0,
         unsup_loss_weight: float,
         unsup_box_losses: bool = False,
+        empty_images: EmptyImages = "background",
         labeled_views: LabeledViews = "both",
         methods: Mapping[str, Method] | None = None,
     ):
@@ -94,6 +90,10 @@ class TeacherStudent(nn.Module):
             raise InputError(
                 f'SSOD.LABELED_VIEWS must be "both", "strong" or "weak", got "{labeled_views}"'
             )
+        if empty_images not in get_args(EmptyImages):
+            raise InputError(
+                f"SSOD.EMPTY_IMAGES must be one of {get_args(EmptyImages)}, got {empty_images!r}"
+            )
         own = {id(parameter) for parameter in student.parameters()}
         for name, method in (methods or {}).items():
             if any(id(parameter) in own for parameter in method.parameters()):
@@ -107,6 +107,7 @@ class TeacherStudent(nn.Module):
         self.ema_gamma = ema_gamma
         self.unsup_loss_weight = unsup_loss_weight
         self.unsup_box_losses = unsup_box_losses
+        self.empty_images = empty_images
         self.labeled_views = labeled_views
         self.iteration = 0
         self.teacher_started = False
@@ -133,6 +134,12 @@ class TeacherStudent(nn.Module):
         """Whether the current iteration learns from unlabeled images."""
         return self.unsup_loss_weight > 0 and self.iteration >= self.burn_in_iters
 
+    @property
+    def drops_undecided(self) -> bool:
+        """Whether boxes that the filter is undecided about are background to the main branch."""
+        keeps = any(method.undecided == "main" for method in self.methods.values())
+        return self.pseudo_label_filter.drops_undecided and not keeps
+
     def forward(self, batch: TwoStreamBatch) -> dict[str, Tensor]:
         """
         Compute the weighted losses of one iteration; their sum is the objective.
@@ -145,7 +152,14 @@ class TeacherStudent(nn.Module):
                 that has not started.
         """
         since_burn_in = self.iteration - self.burn_in_iters
-        step = Step(self.student, self.teacher, since_burn_in, batch.labeled, rescore=self.rescore)
+        step = Step(
+            self.student,
+            self.teacher,
+            since_burn_in,
+            batch.labeled,
+            rescore=self.rescore,
+            drops_undecided=self.drops_undecided,
+        )
         losses = self.supervised_losses(step)
         self.metrics = {}
         if self.uses_unlabeled:
@@ -162,7 +176,7 @@ class TeacherStudent(nn.Module):
             step.pseudo_labels = self.pseudo_label_filter(step.detections)
             transfer(step)
             losses |= self.unsupervised_losses(step)
-            self.metrics = _describe(step.pseudo_labels) | self.pseudo_label_filter.metrics()
+            self.metrics |= describe(step) | self.pseudo_label_filter.metrics()
         else:
             for method in self.methods.values():
                 losses["loss_cls"] = losses["loss_cls"] + method.idle_loss()
@@ -256,11 +270,12 @@ class TeacherStudent(nn.Module):
     def unsupervised_losses(self, step: Step) -> dict[str, Tensor]:
         """Return the weighted losses on strong views, named `*_unsup`; fills the record."""
         assert step.unlabeled is not None, "there are unlabeled images"
+        step.unmixed, step.unmixed_labels = step.unlabeled, step.pseudo_labels
         for method in self.methods.values():
             step.unlabeled, step.pseudo_labels = method.mix(step.unlabeled, step.pseudo_labels)
+        weight = self.unsup_loss_weight * leave_out_empty(step, self.empty_images)
         learned = step.pseudo_labels
-        keeps_undecided = any(method.undecided == "main" for method in self.methods.values())
-        if self.pseudo_label_filter.drops_undecided and not keeps_undecided:
+        if step.drops_undecided:
             rows = kept_rows([p.reliable for p in learned])
             learned = [p[row] for p, row in zip(learned, rows, strict=True)]
         step.learned = learned
@@ -281,7 +296,7 @@ class TeacherStudent(nn.Module):
             added = self.method_losses(name, method, step)
             assert not losses.keys() & added.keys(), f"{name} has losses of names that are taken"
             losses |= added
-        return {f"{name}_unsup": self.unsup_loss_weight * loss for name, loss in losses.items()}
+        return {f"{name}_unsup": weight * loss for name, loss in losses.items()}
 
     def _reweight(self, step: Step, samples: RegionSamples, regions: RegionOutput) -> RegionSamples:
         for method in self.methods.values():
@@ -291,39 +306,3 @@ class TeacherStudent(nn.Module):
     def method_losses(self, name: str, method: Method, step: Step) -> dict[str, Tensor]:
         """Return the losses of one method; hosts may keep apart what their parts log in it."""
         return method.losses(step)
-
-
-@torch.no_grad()
-def transfer(step: Step) -> None:
-    """
-    Move the pseudo-boxes from the weak views that they were found in to the strong ones.
-
-    Those of which too little is left there go, as `transfer_boxes` says.
-    """
-    views = step.unlabeled
-    assert views is not None, "there are unlabeled images"
-    if views.to_strong is None:
-        return
-    moved = [
-        transfer_boxes(p.boxes, matrix, (strong.shape[1], strong.shape[2]), erased)
-        for p, matrix, strong, erased in zip(
-            step.pseudo_labels, views.to_strong, views.strong, views.erased, strict=True
-        )
-    ]
-    rows = kept_rows([is_visible for _, is_visible in moved])
-    step.pseudo_labels = [
-        replace(p, boxes=boxes, found=p.boxes)[row]
-        for p, (boxes, _), row in zip(step.pseudo_labels, moved, rows, strict=True)
-    ]
-
-
-def _describe(pseudo_labels: list[PseudoLabels]) -> dict[str, Tensor]:
-    """Sums an image, which may be averaged over iterations and ranks, whatever their boxes."""
-    kept = PseudoLabels.cat(pseudo_labels)
-    sums = {
-        "num": kept.reliable,
-        "undecided": ~kept.reliable,
-        "score": kept.scores * kept.reliable,
-        "weight": kept.weights * kept.reliable,
-    }
-    return {f"pseudo/{k}_per_image": v.sum() / len(pseudo_labels) for k, v in sums.items()}

@@ -7,6 +7,7 @@ from typing import Any
 
 from fvcore.common.config import CfgNode
 
+from ssod.core.distributed import get_world_size
 from ssod.core.filters import PSEUDO_LABEL_FILTER_REGISTRY, PseudoLabelFilter
 from ssod.core.interfaces import RegionDetector
 from ssod.core.method import METHOD_REGISTRY, Method
@@ -29,6 +30,7 @@ def teacher_student_arguments(cfg: CfgNode, student: RegionDetector) -> dict[str
         "ema_gamma": ssod.EMA_GAMMA,
         "unsup_loss_weight": ssod.UNSUP_LOSS_WEIGHT,
         "unsup_box_losses": ssod.UNSUP_BOX_LOSSES,
+        "empty_images": ssod.EMPTY_IMAGES,
         "labeled_views": ssod.LABELED_VIEWS,
     }
 
@@ -64,7 +66,12 @@ def build_methods(cfg: CfgNode, student: RegionDetector) -> dict[str, Method]:
     Raises:
         InputError: if one refuses a key, or cannot work with this detector.
     """
-    given = {"student": student, "unsup_box_losses": cfg.SSOD.UNSUP_BOX_LOSSES}
+    passes = cfg.SSOD.ACCUMULATE_STEPS * get_world_size()
+    given = {
+        "student": student,
+        "unsup_box_losses": cfg.SSOD.UNSUP_BOX_LOSSES,
+        "unlabeled_per_pass": cfg.SSOD.DATA.UNLABELED_PER_BATCH // passes,
+    }
     return {cls.group: _make(cls, cfg.SSOD[cls.group], given) for cls in _enabled(cfg)}
 
 

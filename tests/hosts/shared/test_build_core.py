@@ -81,6 +81,10 @@ VALUES = {
         "WINDOW": (13, lambda m: m.window),
         "POOL_FLOOR": (0.25, lambda m: m.pool_floor),
     },
+    "MIXPL": {
+        "MIXUP": (False, lambda m: m.mixup),
+        "MOSAIC_WEIGHT": (0.25, lambda m: m.mosaic_weight),
+    },
 }
 
 
@@ -237,6 +241,7 @@ def test_methods_are_those_that_are_enabled():
         ("DASO", "QUEUE_LENGTH", 0, "must be at least 1, got 0"),
         ("DASO", "DELAY", -1, "must be at least 0, got -1"),
         ("DASO", "WINDOW", 0, "must be at least 1, got 0"),
+        ("MIXPL", "MOSAIC_WEIGHT", -0.5, "must be at least 0, got -0.5"),
         ("DASO", "POOL_FLOOR", ".nan", r"must be in \[0, 1\], got nan"),
     ],
 )
@@ -254,6 +259,42 @@ def test_methods_that_compare_classes_refuse_one_class(group):
         build_methods(_config(f"SSOD.{group}.ENABLED", True), student)
 
 
+@pytest.mark.parametrize(
+    ("images", "passes", "keys", "needed"),
+    [
+        (8, 4, (), 4),
+        (3, 1, ("SSOD.MIXPL.MIXUP", False), 4),
+        (4, 4, ("SSOD.MIXPL.MOSAIC_WEIGHT", 0), 2),
+        (8, 2, (), None),
+        (8, 4, ("SSOD.MIXPL.MOSAIC_WEIGHT", 0), None),
+        (1, 1, ("SSOD.MIXPL.MOSAIC_WEIGHT", 0, "SSOD.MIXPL.MIXUP", False), None),
+    ],
+)
+def test_too_few_images_to_mix_are_one_line(images, passes, keys, needed):
+    batch = ("SSOD.DATA.UNLABELED_PER_BATCH", images, "SSOD.ACCUMULATE_STEPS", passes)
+    cfg = _config("SSOD.MIXPL.ENABLED", True, *batch, *keys)
+    message = rf"^SSOD.MIXPL .* needs {needed} unlabeled .*, got {images // passes}; .*$"
+    with pytest.raises(InputError, match=message) if needed else nullcontext():
+        build_methods(cfg, FakeDetector())
+
+
+def test_mixing_counts_the_images_of_one_process(monkeypatch):
+    monkeypatch.setattr("ssod.hosts.build.get_world_size", lambda: 4)
+    cfg = _config("SSOD.MIXPL.ENABLED", True, "SSOD.DATA.UNLABELED_PER_BATCH", 8)
+    with pytest.raises(InputError, match="needs 4 unlabeled ones there, got 2"):
+        build_methods(cfg, FakeDetector())
+
+
+def test_another_way_with_empty_images_is_refused():
+    student = FakeDetector()
+    cfg = _config("SSOD.EMPTY_IMAGES", "none")
+    message = (
+        r"^SSOD.EMPTY_IMAGES must be one of \('background', 'left_out', 'share'\), got 'none'$"
+    )
+    with pytest.raises(InputError, match=message):
+        TeacherStudent(student, **teacher_student_arguments(cfg, student))
+
+
 def test_keys_of_the_mean_teacher_reach_it():
     values = {
         "BURN_IN_ITERS": 7,
@@ -262,6 +303,7 @@ def test_keys_of_the_mean_teacher_reach_it():
         "UNSUP_LOSS_WEIGHT": 0.25,
         "UNSUP_BOX_LOSSES": True,
         "LABELED_VIEWS": "weak",
+        "EMPTY_IMAGES": "share",
     }
     overrides = [item for key, value in values.items() for item in (f"SSOD.{key}", value)]
     student = FakeDetector()

@@ -128,6 +128,12 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
         }
         return super().from_config(cfg) | own
 
+    @property
+    def mean_color(self) -> Tensor:
+        """`MODEL.PIXEL_MEAN` in the order RGB."""
+        mean = self.pixel_mean.flatten()
+        return mean.flip(0) if self.input_format == "BGR" else mean
+
     def preprocess(self, images: list[Tensor]) -> ImageBatch:
         """Order channels of N uint8 (3, h, w) images as `INPUT.FORMAT` says, normalise and pad."""
         if self.input_format == "BGR":

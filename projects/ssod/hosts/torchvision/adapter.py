@@ -73,6 +73,11 @@ class TorchvisionRCNN(RegionDetector, FasterRCNN):
         self.focal_gamma = focal_gamma
         self.rpn = _IgnoringRPN(self.rpn, rpn_ignore_weight)
 
+    @property
+    def mean_color(self) -> Tensor:
+        """What torchvision subtracts."""
+        return 255 * torch.tensor(self.transform.image_mean)
+
     def preprocess(self, images: list[Tensor]) -> ImageBatch:
         """Scale N uint8 (3, h, w) images to [0, 1], normalise, and pad to a multiple of 32."""
         normalised = [self.transform.normalize(image.float() / 255) for image in images]

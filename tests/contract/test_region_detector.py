@@ -45,6 +45,16 @@ def _losses(detector, targets, seed=3):
     return detector.losses(detector.features(batch), batch, targets)
 
 
+def test_the_mean_color_is_what_padding_looks_like(detector):
+    color = detector.mean_color
+    image = color.round().to(torch.uint8)[:, None, None].repeat(1, 8, 8)
+    # Within what rounding leaves, of values of which a step of one is 1/57 to 1.
+    step = detector.preprocess([image + 1]).tensor - detector.preprocess([image]).tensor
+    batch = detector.preprocess([image]).tensor[..., :8, :8]
+    assert (batch.abs() <= 0.501 * step[..., :8, :8].abs()).all()
+    assert color.shape == (3,) and color.unique().numel() == 3
+
+
 def test_preprocess_pads_and_never_resizes(case, detector):
     images = _images((50, 64), (33, 40))
     batch = detector.preprocess(images)

@@ -109,8 +109,8 @@ def add_ssod_config(cfg: CfgNode) -> None:
     # GaussianMixtureThreshold, which has no other key: that of classes with less than 4 scores.
     ssod.FILTER.SCORE_THRESH = 0.7
     # FixedThreshold: probability above which a detection is undecided, at most SCORE_THRESH, for
-    # methods that learn such boxes: LSM (its alpha), LABEL_MATCH and CONTRASTIVE. Without them it
-    # is not used.
+    # methods that learn such boxes: LSM (its alpha), LABEL_MATCH, CONTRASTIVE and SOFT_TEACHER.
+    # Without them it is not used.
     # ACT and SoftMatch have bounds of their own, lower thresholds and POOL_FLOOR.
     ssod.FILTER.UNDECIDED_THRESH = 0.5
     _add_adaptive_threshold(ssod.FILTER)
@@ -126,6 +126,10 @@ def add_ssod_config(cfg: CfgNode) -> None:
     _add_daso(ssod.DASO)
     ssod.MIXPL = type(cfg)()
     _add_mixing(ssod.MIXPL)
+    ssod.SOFT_TEACHER = type(cfg)()
+    _add_soft_teacher(ssod.SOFT_TEACHER)
+    ssod.PSECO = type(cfg)()
+    _add_pseco(ssod.PSECO)
 
     ssod.DATA = type(cfg)()
     data = ssod.DATA
@@ -272,6 +276,28 @@ def _add_mixing(group: CfgNode) -> None:
     # Factor on the losses of one more image a pass, of four strong views in a smaller size, within
     # UNSUP_LOSS_WEIGHT (MixPL); 0: none.
     group.MOSAIC_WEIGHT = 0.5
+
+
+def _add_soft_teacher(group: CfgNode) -> None:
+    # Background weighted by the teacher, and coordinates of boxes that it is sure of. Published
+    # with SCORE_THRESH 0.9, UNDECIDED_THRESH 0.5, UNSUP_BOX_LOSSES True and FOCAL_GAMMA 0.
+    group.ENABLED = False
+    # Background regions weigh the teacher's probability of it, and the classification loss is
+    # divided by the sum of the weights.
+    group.BACKGROUND = True
+    # Coordinates are learned from boxes that the teacher finds again from jittered copies, also
+    # undecided ones; only with UNSUP_BOX_LOSSES.
+    group.JITTER = True
+
+
+def _add_pseco(group: CfgNode) -> None:
+    # Regions that learn a box chosen by the teacher's word, and its coordinates weighed by the
+    # student's. Published with SCORE_THRESH 0.5, UNSUP_BOX_LOSSES True and LSM's HEAD "main".
+    group.ENABLED = False
+    # Prediction-guided assignment of sampled regions.
+    group.ASSIGNMENT = True
+    # Positive-proposal consistency voting, only with UNSUP_BOX_LOSSES.
+    group.VOTING = True
 
 
 def add_detectron2_config(cfg: CfgNode) -> None:

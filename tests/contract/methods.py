@@ -86,6 +86,22 @@ MIXPL = {
     "is_local": True,
 }
 FOURS = ("SSOD.DATA.UNLABELED_PER_BATCH", 8)
+NONE_UNDECIDED = ("SSOD.FILTER.SCORE_THRESH", 0.9, "SSOD.FILTER.UNDECIDED_THRESH", 0.9)
+# Weights are divided by their sum over a pass.
+SOFT_TEACHER = {
+    "methods": ("SOFT_TEACHER",),
+    "off": (
+        *("SSOD.SOFT_TEACHER.BACKGROUND", False, "SSOD.SOFT_TEACHER.JITTER", False),
+        # The main branch calls undecided boxes background without it, so none.
+        *("SSOD.FILTER.SCORE_THRESH", 0.1, "SSOD.FILTER.UNDECIDED_THRESH", 0.1),
+    ),
+    "is_local": True,
+}
+PSECO = {
+    "methods": ("PSECO",),
+    "off": ("SSOD.PSECO.ASSIGNMENT", False, "SSOD.PSECO.VOTING", False),
+    "is_local": True,
+}
 CASES = {
     "fixed": Case(),
     "fixed, views of their own geometry": Case(keys=OWN_GEOMETRY),
@@ -171,6 +187,29 @@ CASES = {
         losses=(*DISTILS["losses"], *MIXPL["losses"]),
         off=(*LSM["off"], *MIXPL["off"]),
         trains=True,
+        is_local=True,
+    ),
+    "Soft Teacher": Case(
+        keys=("SSOD.FILTER.SCORE_THRESH", 0.1, "SSOD.FILTER.UNDECIDED_THRESH", 0.05),
+        **SOFT_TEACHER,
+    ),
+    "Soft Teacher, LSM": Case(
+        keys=UNDECIDED,
+        methods=("LSM", "SOFT_TEACHER"),
+        losses=DISTILS["losses"],
+        off=(*SOFT_TEACHER["off"], *LSM["off"], *NONE_UNDECIDED),
+        trains=True,
+        is_local=True,
+    ),
+    "PseCo": Case(**PSECO),
+    "PseCo, LSM": Case(
+        keys=(
+            *("SSOD.FILTER.UNDECIDED_THRESH", 0.1, "SSOD.LSM.HEAD", "main"),
+            *("SSOD.LSM.RPN_LOSS", True, "SSOD.LSM.WEIGHT", 1.0, "SSOD.LSM.DISTILL_WEIGHT", 0),
+        ),
+        methods=("LSM", "PSECO"),
+        losses=LSM["losses"],
+        off=(*PSECO["off"], *LSM["off"]),
         is_local=True,
     ),
 }

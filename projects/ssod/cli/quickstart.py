@@ -40,6 +40,7 @@ STATE = (  # of the metrics `pseudo/...`, those that show what filter and method
     *("running_mean", "running_var", "class_kl", "mined_per_image"),
     *("daso_prototype_cosine", "daso_changed", "daso_class_kl"),
     *("contrast_gap", "contrast_other_class_cosine"),
+    *("background_weight", "stable_per_image", "box_consistency"),
 )
 RIGHT = ("kl", "per_image")  # ends of names of what is on an axis of its own: no share of 1
 SHOWN_SCORE = 0.5  # predictions below it are left out of the picture

@@ -9,7 +9,9 @@ from ssod.core import (
     label_match,
     low_resolution,
     mixing,
+    pseco,
     soft_match,
+    soft_teacher,
 )
 
 __all__ = [
@@ -21,5 +23,7 @@ __all__ = [
     "label_match",
     "low_resolution",
     "mixing",
+    "pseco",
     "soft_match",
+    "soft_teacher",
 ]

@@ -206,6 +206,12 @@ class RegionDetector(nn.Module, ABC):
     def decode(self, boxes: Tensor, deltas: Tensor) -> Tensor:
         """Apply (R, K or 1, 4) deltas to (R, 4) boxes, giving (R, K or 1, 4) boxes."""
 
+    def regress(self, boxes: Tensor, deltas: Tensor, classes: Tensor) -> Tensor:
+        """Apply of (R, K or 1, 4) deltas those of (R,) foreground classes to (R, 4) boxes."""
+        column = classes.clamp(max=deltas.shape[1] - 1)
+        own = deltas[torch.arange(len(column), device=column.device), column]
+        return self.decode(boxes, own[:, None])[:, 0]
+
     def region_losses(self, output: RegionOutput, samples: RegionSamples) -> dict[str, Tensor]:
         """Return the host's `loss_cls` and `loss_box_reg` of R regions, weighted; R = 0 gives 0."""
         loss_cls = weighted_classification_loss(

@@ -99,9 +99,13 @@ class Step:
         if layer.matrices is None:
             return boxes
         back = torch.linalg.inv_ex(layer.matrices).inverse  # without waiting for the device
+        mapped = [map_boxes(b, matrix) for b, matrix in zip(boxes, back, strict=True)]
+        return self._clip(layer, mapped)
+
+    def _clip(self, layer: Layer, boxes: list[Tensor]) -> list[Tensor]:
+        assert self.unlabeled is not None, "there are unlabeled images"
         sizes = [self.unlabeled.weak[image].shape[1:] for image in layer.images]
-        mapped = zip(boxes, back, sizes, strict=True)
-        return [clip_boxes_to_image(map_boxes(b, m), (h, w)) for b, m, (h, w) in mapped]
+        return [clip_boxes_to_image(b, (h, w)) for b, (h, w) in zip(boxes, sizes, strict=True)]
 
     @torch.no_grad()
     def ask_teacher(self, layer: Layer, boxes: list[Tensor]) -> RegionOutput:
@@ -117,6 +121,25 @@ class Step:
         """
         assert self.unlabeled is not None, "there are unlabeled images"
         return score_shown(self.teacher, self.teacher_features, len(self.unlabeled), layer, boxes)
+
+    @torch.no_grad()
+    def regress(
+        self, layer: Layer, boxes: list[Tensor], deltas: Tensor, classes: Tensor
+    ) -> list[Tensor]:
+        """
+        Move regions of weak views by what the teacher says of them.
+
+        Args:
+            layer: which weak view is meant for each strong one.
+            boxes: (R_i, 4) as given to `ask_teacher`.
+            deltas: (R, K or 1, 4) of its answer.
+            classes: (R,) in [0, K), for which regions are moved.
+
+        Returns:
+            (R_i, 4), clipped to the weak views.
+        """
+        moved = self.teacher.regress(torch.cat(boxes), deltas, classes)
+        return self._clip(layer, list(moved.split([len(b) for b in boxes])))
 
 
 def score_shown(

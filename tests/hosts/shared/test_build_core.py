@@ -29,6 +29,8 @@ NO_KEYS = {
     "GaussianMixtureThreshold": {"num_scores"},
     "SoftMatchWeighting": {"n_sigma"},
     "LABEL_MATCH": {"min_score", "min_iou", "temperature"},
+    "SOFT_TEACHER": {"max_spread", "copies", "offset"},
+    "PSECO": {"min_iou", "num_ious"},
 }
 # Another value of each key, and where it ends up.
 VALUES = {
@@ -57,7 +59,7 @@ VALUES = {
         "WEIGHT": (0.25, lambda m: m.weight),
         "LEVELS": ((2, 4), lambda m: m.levels),
         "HEAD": ("main", lambda m: "main" if m.classifier is None else "aux"),
-        "RPN_LOSS": (True, lambda m: m.rpn_losses == ("loss_rpn_cls",)),
+        "RPN_LOSS": (True, lambda m: bool(m.rpn_losses)),
         "DISTILL_WEIGHT": (0.5, lambda m: m.distill_weight),
     },
     "LABEL_MATCH": {
@@ -84,6 +86,14 @@ VALUES = {
     "MIXPL": {
         "MIXUP": (False, lambda m: m.mixup),
         "MOSAIC_WEIGHT": (0.25, lambda m: m.mosaic_weight),
+    },
+    "SOFT_TEACHER": {
+        "BACKGROUND": (False, lambda m: m.background),
+        "JITTER": (False, lambda m: m.jitter),
+    },
+    "PSECO": {
+        "ASSIGNMENT": (False, lambda m: m.assignment),
+        "VOTING": (False, lambda m: m.voting),
     },
 }
 
@@ -136,7 +146,7 @@ def test_a_key_changes_what_it_names(name, key):
     def build(*overrides):
         if name in FILTERS:
             return _filter(name, "SSOD.LSM.ENABLED", True, *overrides)
-        cfg = _config(f"SSOD.{name}.ENABLED", True, *overrides)
+        cfg = _config(f"SSOD.{name}.ENABLED", True, "SSOD.UNSUP_BOX_LOSSES", True, *overrides)
         return build_methods(cfg, FakeDetector())[name]
 
     group = "FILTER" if name in FILTERS else name
@@ -159,6 +169,14 @@ def test_what_is_given_comes_from_the_rest_of_the_config():
     assert branch.learns_boxes and branch.rpn_losses == ("loss_rpn_cls", "loss_rpn_loc")
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_what_is_about_coordinates_alone_is_done_only_if_they_are_learned(learned):
+    cfg = _config("SSOD.SOFT_TEACHER.ENABLED", True, "SSOD.PSECO.ENABLED", True)
+    cfg.SSOD.UNSUP_BOX_LOSSES = learned
+    methods = build_methods(cfg, FakeDetector())
+    assert (methods["SOFT_TEACHER"].jitter, methods["PSECO"].voting) == (learned, learned)
+
+
 @pytest.mark.parametrize("passes", [1, 2, 8])
 def test_statistics_are_of_iterations_however_many_passes_these_have(passes):
     overrides = ("SSOD.ACCUMULATE_STEPS", passes, "SSOD.FILTER.EMA_DECAY", 0.9)
@@ -175,7 +193,7 @@ def test_a_decay_out_of_range_is_refused_as_it_was_set(decay):
         _filter("SoftMatchWeighting", *overrides)
 
 
-@pytest.mark.parametrize("group", [None, "LSM", "LABEL_MATCH", "CONTRASTIVE"])
+@pytest.mark.parametrize("group", [None, "LSM", "LABEL_MATCH", "CONTRASTIVE", "SOFT_TEACHER"])
 def test_boxes_are_undecided_only_for_methods_that_learn_them(group):
     overrides = ("SSOD.FILTER.UNDECIDED_THRESH", 0.25)
     labels = _filter(

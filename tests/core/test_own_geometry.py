@@ -40,9 +40,9 @@ def _shift(x, y):
 
 def _own_geometry(batch):
     """Moved right, not moved, and erased nearly as a whole."""
-    views = batch.unlabeled
-    views.to_strong = torch.stack([_shift(2.0, 0.0), _shift(0.0, 0.0), _shift(0.0, 0.0)])
-    views.erased = [NOTHING, NOTHING, torch.tensor([[0.0, 0.0, 4.0, 3.5]])]
+    to_strong = torch.stack([_shift(2.0, 0.0), _shift(0.0, 0.0), _shift(0.0, 0.0)])
+    erased = [NOTHING, NOTHING, torch.tensor([[0.0, 0.0, 4.0, 3.5]])]
+    batch.unlabeled = replace(batch.unlabeled, to_strong=to_strong, erased=erased, layers=[])
     return batch
 
 
@@ -65,7 +65,7 @@ def test_without_a_geometry_of_their_own_labels_stay_and_there_is_one_layer():
     step = _step(views, list(labels))
     transfer(step)
     assert all(found is given for found, given in zip(step.pseudo_labels, labels, strict=True))
-    assert step.unlabeled.layers == [Layer([0, 1, 2])] and views.layers == []
+    assert step.unlabeled.layers == [Layer([0, 1, 2])]
 
 
 def test_labels_move_and_those_of_which_too_little_is_left_go_with_all_their_fields():

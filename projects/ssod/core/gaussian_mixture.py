@@ -91,7 +91,7 @@ class GaussianMixtureThreshold(PseudoLabelFilter):
     """
     Keep detections above their class's threshold, which follows the scores, all with weight 1.
 
-    The class thresholds of Consistent-Teacher (https://arxiv.org/abs/2209.01589, section 3.4). Of
+    The class thresholds of Consistent-Teacher (https://arxiv.org/abs/2209.01589). Of
     an image only the best detections are looked at, one more than its scores add up to, rounded.
     Each class remembers its last `num_scores` of them, over all ranks, and takes its threshold from
     them at each call in train mode, `mixture_thresholds`; a detection is kept if it was looked at

@@ -189,11 +189,9 @@ class TeacherStudent(nn.Module):
         """
         Share of the teacher kept at the update of this iteration.
 
-        The smaller one of `ema_decay` and t / (ema_gamma + t), which is
-        1 - ema_gamma / (ema_gamma + t), t iterations after the burn-in: the schedule of MixPL's
-        code. With ema_gamma above 0 the first update, t = 0, copies the student. Then the
-        student of iteration t counts about as t ** (ema_gamma - 1), whatever the length of an
-        iteration, until `ema_decay` is the smaller.
+        At t iterations after the burn-in at most t / (ema_gamma + t), as in MixPL's code. With
+        ema_gamma above 0 the first update, t = 0, copies the student; then the student of iteration
+        t counts about as t ** (ema_gamma - 1), until `ema_decay` is the smaller.
         """
         # Not since the teacher's start, which is later if a run is resumed with a burn-in that was
         # shortened. With one that was lengthened the teacher remains a copy until its end.

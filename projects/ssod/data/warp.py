@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ssod.data import photometric
+
 MAX_ANGLE = 30.0  # degrees, of rotations and shears
 MAX_SHIFT = 0.1  # share of a side
 FILL = 128  # of what was outside the image, in each channel
@@ -19,8 +21,8 @@ def random_warp(height: int, width: int, rng: np.random.Generator) -> Tensor:
     Draw a rotation, a shear along one axis, or a translation along both; each is as likely.
 
     Angles and shares of the sides are uniform. Differs from the published code: rotations and
-    shears leave the centre where it is, where those of mmdetection shear from a corner, which
-    moves half of the image out of a view as wide as it is high.
+    shears leave the centre where it is. mmdetection shears from a corner, which moves twice as much
+    of the image out of the view.
 
     Args:
         height: of the view, in pixels; so is the width.
@@ -49,20 +51,24 @@ def warp_image(image: np.ndarray, matrix: Tensor) -> np.ndarray:
     """
     Return the warped image at its size, bilinear, with `FILL` around it.
 
+    OpenCV computes it where installed, in a fifth of Pillow's time, and otherwise Pillow.
+
     Args:
         image: (H, W, 3) uint8 RGB.
         matrix: (3, 3) from its pixels to those of the result; pixel i covers [i, i + 1).
     """
-    # Pillow wants where the pixels are from, and has their centers at a half as well.
-    back = torch.linalg.inv(matrix)[:2].flatten().tolist()
-    warped = Image.fromarray(image).transform(
-        (image.shape[1], image.shape[0]),
-        Image.Transform.AFFINE,
-        back,
-        Image.Resampling.BILINEAR,
-        fillcolor=(FILL, FILL, FILL),
+    size, fill = (image.shape[1], image.shape[0]), (FILL, FILL, FILL)
+    cv2 = photometric.cv2
+    if cv2 is not None:
+        half = _affine(1.0, 0.0, 0.0, 1.0, 0.5, 0.5)  # its pixel i is at i, not i + 1 / 2
+        there = (torch.linalg.inv(half) @ matrix @ half)[:2].numpy()
+        return cv2.warpAffine(image, there, size, flags=cv2.INTER_LINEAR, borderValue=fill)
+    back = torch.linalg.inv(matrix)[:2].flatten().tolist()  # Pillow wants where pixels are from
+    picture = Image.fromarray(image)
+    bilinear = Image.Resampling.BILINEAR
+    return np.asarray(
+        picture.transform(size, Image.Transform.AFFINE, back, bilinear, fillcolor=fill)
     )
-    return np.asarray(warped)
 
 
 def _affine(xx: float, xy: float, yx: float, yy: float, x: float, y: float) -> Tensor:

@@ -48,7 +48,7 @@ class Mixing(Method):
         ]
         pairs = zip(pseudo_labels[:2], added, strict=True)
         labels = [PseudoLabels.cat(pair) for pair in pairs]
-        return replace(views, strong=views.strong[:2], layers=layers), labels
+        return replace(views, strong=views.strong[:2], mixed=layers), labels
 
 
 def make_batch(size, geometry):

@@ -35,7 +35,7 @@ class Rolled(Method):
     def mix(self, views, pseudo_labels):
         images = [*range(1, len(views)), 0]
         strong = [views.strong[image] for image in images]
-        views = replace(views, strong=strong, layers=[Layer(images)])
+        views = replace(views, strong=strong, mixed=[Layer(images)])
         return views, [pseudo_labels[image] for image in images]
 
 
@@ -45,7 +45,7 @@ class OnTop(Rolled):
     def mix(self, views, pseudo_labels):
         first = views.layers
         views, pseudo_labels = super().mix(views, pseudo_labels)
-        views = replace(views, layers=first + views.layers)
+        views = replace(views, mixed=first + views.layers)
         return views, [replace(p, layer=torch.ones_like(p.layer)) for p in pseudo_labels]
 
 

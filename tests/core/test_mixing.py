@@ -10,7 +10,7 @@ from ssod.core.distributed import seed_step, step_generator
 from ssod.core.filters import FixedThreshold
 from ssod.core.method import Step
 from ssod.core.mixing import MixPL
-from ssod.core.structures import Layer, PseudoLabels, Views
+from ssod.core.structures import PseudoLabels, Views
 from ssod.core.teacher_student import TeacherStudent
 
 SIZES = [(20, 30), (24, 16), (10, 10), (20, 30), (33, 12)]
@@ -57,9 +57,8 @@ def _random_labels(sizes, seed=0):
 def _views(images, to_strong=None):
     count = len(images)
     weak = [torch.zeros_like(image) for image in images]
-    layers = [Layer(list(range(count)), to_strong)]
     erased = [] if to_strong is None else [torch.ones(1, 4)] * count
-    more = {"to_strong": to_strong, "erased": erased, "layers": layers}
+    more = {"to_strong": to_strong, "erased": erased}
     return Views(weak, images, None, list(range(count)), **more)
 
 

@@ -42,7 +42,7 @@ def _own_geometry(batch):
     """Moved right, not moved, and erased nearly as a whole."""
     to_strong = torch.stack([_shift(2.0, 0.0), _shift(0.0, 0.0), _shift(0.0, 0.0)])
     erased = [NOTHING, NOTHING, torch.tensor([[0.0, 0.0, 4.0, 3.5]])]
-    batch.unlabeled = replace(batch.unlabeled, to_strong=to_strong, erased=erased, layers=[])
+    batch.unlabeled = replace(batch.unlabeled, to_strong=to_strong, erased=erased)
     return batch
 
 

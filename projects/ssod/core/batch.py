@@ -170,12 +170,11 @@ class Views(TensorFields):
         second_strong: of the weak views' pixels, drawn independently. Empty unless a method asks
             for it.
         to_strong: (N, 3, 3) from pixels of the weak to those of the strong views, None if they are
-            the same, or mixed: `layers` say it then.
+            the same, or they are mixed.
         strong_targets: those of `targets` that are left in the strong views, in pixels of these;
             None if they are the same.
         erased: (E_i, 4) erased rectangles of strong views, empty if `to_strong` is None.
-        layers: of the strong views; left out, the i-th one shows the i-th weak view. Several if
-            images were mixed.
+        mixed: layers of the strong views where the i-th one does not show the i-th weak view alone.
     """
 
     weak: list[Tensor]
@@ -186,19 +185,19 @@ class Views(TensorFields):
     to_strong: Tensor | None = None
     strong_targets: list[Targets] | None = None
     erased: list[Tensor] = field(default_factory=list)
-    layers: list[Layer] = field(default_factory=list)
+    mixed: list[Layer] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        if not self.layers:
-            self.layers = [Layer(list(range(len(self))), self.to_strong)]
+    @property
+    def layers(self) -> list[Layer]:
+        """What the strong views show; several layers if images were mixed."""
+        return self.mixed or [Layer(list(range(len(self))), self.to_strong)]
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: slice) -> Views:
         """Select images by a slice, maybe none, before they are mixed."""
-        names = [f.name for f in fields(self) if f.name != "layers"]
-        values = [(name, getattr(self, name)) for name in names]
+        values = [(f.name, getattr(self, f.name)) for f in fields(self)]
         parts: dict[str, Any] = {name: None if v is None else v[index] for name, v in values}
         return Views(**parts)
 

@@ -228,7 +228,7 @@ class Method(nn.Module):
             pseudo_labels: of each strong view.
 
         Returns:
-            Views with other `strong` and `layers`, and the pseudo-labels of each.
+            Views with other `strong`, and `mixed` to say what these show, and their pseudo-labels.
         """
         return views, pseudo_labels
 

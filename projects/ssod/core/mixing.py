@@ -122,7 +122,7 @@ class MixPL(Method):
                 strict=True,
             )
         ]
-        return replace(views, strong=strong, layers=layers, to_strong=None, erased=[]), labels
+        return replace(views, strong=strong, mixed=layers, to_strong=None, erased=[]), labels
 
     def losses(self, step: Step) -> dict[str, Tensor]:
         """

@@ -69,7 +69,7 @@ def leave_out_empty(step: Step, empty_images: EmptyImages) -> float:
     step.unlabeled = replace(
         views,
         strong=[views.strong[row] for row in rows],
-        layers=[_select(layer, rows) for layer in views.layers],
+        mixed=[_select(layer, rows) for layer in views.layers],
     )
     return float(bool(kept))
 

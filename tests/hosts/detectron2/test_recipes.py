@@ -169,6 +169,75 @@ LABEL_MATCH_SCHEDULES = {
     "coco-additional/labelmatch_R_50_FPN": (12, 117266, 540000, (360000, 480000)),
     "voc/labelmatch_R_50_FPN": (12, 5011, 160000, ()),
 }
+# Of Soft Teacher's configs, which its successors share.
+JITTERED = SHARED | {
+    "MODEL.RPN.POSITIVE_FRACTION": 0.5,
+    "DATASETS.TRAIN": ("coco_2017_train",),
+    "DATASETS.TEST": ("coco_2017_val",),
+    "INPUT.MIN_SIZE_TRAIN": (400, 1200),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": "range",
+    "INPUT.MIN_SIZE_TEST": 800,
+    "SOLVER.IMS_PER_BATCH": 8,
+    "SOLVER.REFERENCE_WORLD_SIZE": 8,
+    "SOLVER.WARMUP_ITERS": 500,
+    "SSOD.BURN_IN_ITERS": 0,
+    "SSOD.UNSUP_BOX_LOSSES": True,
+    "SSOD.FOCAL_GAMMA": 0.0,
+    "SSOD.LABELED_VIEWS": "weak",  # without a change of colour: a deviation
+    "SSOD.VIEWS.INDEPENDENT": True,
+    "SSOD.VIEWS.WARP": True,
+    "SSOD.DATA.UNLABELED_PER_BATCH": 32,
+}
+SOFT_TEACHER = {
+    "SOLVER.MAX_ITER": 180000,
+    "SOLVER.STEPS": (120000, 160000),
+    "SOLVER.AMP.ENABLED": True,
+    "SSOD.AMP_DTYPE": "float16",
+    "SSOD.EMA_DECAY": 0.999,
+    "SSOD.EMA_GAMMA": 1.0,
+    "SSOD.UNSUP_LOSS_WEIGHT": 4.0,
+    "SSOD.FILTER.SCORE_THRESH": 0.9,
+    "SSOD.FILTER.UNDECIDED_THRESH": 0.5,
+    "SSOD.SOFT_TEACHER.ENABLED": True,
+    "SSOD.SOFT_TEACHER.BACKGROUND": True,
+    "SSOD.SOFT_TEACHER.JITTER": True,
+}
+PSECO = {
+    "SOLVER.AMP.ENABLED": True,
+    "SSOD.EMA_DECAY": 0.999,
+    "SSOD.EMA_GAMMA": 1.0,
+    "SSOD.UNSUP_LOSS_WEIGHT": 2.0,
+    "SSOD.FILTER.SCORE_THRESH": 0.6,
+    "SSOD.FILTER.UNDECIDED_THRESH": 0.6,
+    "SSOD.PSECO.ENABLED": True,
+    "SSOD.PSECO.ASSIGNMENT": True,
+    "SSOD.PSECO.VOTING": True,
+    "SSOD.LSM.ENABLED": True,
+    "SSOD.LSM.WEIGHT": 1.0,
+    "SSOD.LSM.HEAD": "main",
+    "SSOD.LSM.RPN_LOSS": True,
+    "SSOD.LSM.DISTILL_WEIGHT": 0.0,
+}
+PSECO_SCHEDULES = {1: (90000, (60000,)), 5: (180000, (120000,)), 10: (180000, (120000,))}
+MIXPL = {
+    "SOLVER.MAX_ITER": 180000,
+    "SOLVER.STEPS": (),
+    "SOLVER.CLIP_GRADIENTS.ENABLED": True,
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "full_model",
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": 20.0,
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": 2.0,
+    "SSOD.UNSUP_LOSS_WEIGHT": 2.0,
+    "SSOD.EMPTY_IMAGES": "share",  # stricter: a deviation
+    "SSOD.MIXPL.ENABLED": True,
+    "SSOD.MIXPL.MIXUP": True,
+    "SSOD.MIXPL.MOSAIC_WEIGHT": 0.5,
+}
+SUCCESSORS = {
+    f"coco-standard/{name}_R_50_FPN_{percent}pct": own | {"SSOD.DATA.PERCENT": percent}
+    for percent in (1, 5, 10)
+    for name, own in (("soft_teacher", SOFT_TEACHER), ("pseco", PSECO), ("mixpl", MIXPL))
+}
+STRONG = [f"coco-standard/strong_R_50_FPN_{percent}pct" for percent in (1, 5, 10)]
 EXPECTED = {
     name: shared | dict(zip(columns, row, strict=True))
     for shared, columns, rows in (
@@ -176,7 +245,7 @@ EXPECTED = {
         (LABEL_MATCH_SHARED, LABEL_MATCH_COLUMNS, LABEL_MATCH),
     )
     for name, row in rows.items()
-}
+} | {name: JITTERED | own for name, own in SUCCESSORS.items()}
 
 
 def _leaves(node, prefix=""):
@@ -222,7 +291,8 @@ def test_every_recipe_is_here():
         for name in PUBLISHED
         for other in ("supervised", "lsm")
     }
-    assert set(RECIPES) == {*PUBLISHED, *others, *LABEL_MATCH, *DASO, *CCSSL, ONE_GPU}
+    more = {*LABEL_MATCH, *DASO, *CCSSL, *SUCCESSORS, *STRONG}
+    assert set(RECIPES) == {*PUBLISHED, *others, *more, ONE_GPU}
     assert set(DASO) == {f"coco-standard/daso_R_50_FPN_{p}pct" for p in (1, 10)}
     assert set(CCSSL) == {f"coco-standard/ccssl_R_50_FPN_{p}pct" for p in (1, 10)}
 
@@ -266,6 +336,32 @@ def test_schedule_of_label_match_is_the_published_one_after_its_burn_in(name):
     assert tuple(burn_in + step for step in steps) == cfg.SOLVER.STEPS
     decayed = [cfg.SOLVER.BASE_LR * 0.1 ** (count + 1) for count in range(len(steps))]
     assert _learning_rates(cfg, cfg.SOLVER.STEPS) == pytest.approx(decayed)
+
+
+@pytest.mark.parametrize("percent", PSECO_SCHEDULES)
+def test_schedule_of_pseco_is_shorter_at_one_percent(percent):
+    cfg = _config(f"coco-standard/pseco_R_50_FPN_{percent}pct")
+    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS) == PSECO_SCHEDULES[percent]
+
+
+@pytest.mark.parametrize("name", [name for name in SUCCESSORS if "mixpl" in name])
+def test_average_of_mixpl_is_the_published_one_of_every_third_iteration(name):
+    cfg = _config(name)
+    teacher = math.prod(1 - max(0.0002, 4 / (4 + t)) for t in range(30000, 60000, 3))
+    ours = (
+        min(cfg.SSOD.EMA_DECAY, 1 - cfg.SSOD.EMA_GAMMA / (cfg.SSOD.EMA_GAMMA + t))
+        for t in range(30000, 60000)
+    )
+    assert math.prod(ours) == pytest.approx(teacher, rel=0.2)
+    early = [max(0.0002, 4 / (4 + t)) for t in range(300, 6000, 3)]
+    ours = [cfg.SSOD.EMA_GAMMA / (cfg.SSOD.EMA_GAMMA + t) for t in range(300, 6000)]
+    kept = (math.prod(1 - share for share in shares) for shares in (early, ours))
+    assert next(kept) == pytest.approx(next(kept), rel=0.2)
+
+
+@pytest.mark.parametrize("name", STRONG)
+def test_strong_is_mixpl_with_what_helps(name):
+    assert _difference(name, name.replace("strong", "mixpl")) == {"SSOD.LSM.ENABLED": True}
 
 
 @pytest.mark.parametrize("name", EXPECTED)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from asked_teacher import (
 
 from ssod.core.method import Method
 from ssod.core.soft_teacher import SALT, SoftTeacher, relative_spread
+from ssod.core.structures import Layer
 
 BOTH = [(d, g) for d in DETECTORS for g in GEOMETRIES]
 
@@ -76,26 +79,26 @@ def test_background_weighs_what_the_teacher_says_of_the_same_place(detector, geo
     assert float(metric) == pytest.approx(weights[background].mean(), rel=1e-4)
 
 
+class Beside(Method):
+    """Adds a layer whose weak views are far beside the strong ones."""
+
+    group = "BESIDE"
+
+    def mix(self, views, pseudo_labels):
+        (layer,) = views.layers
+        away = layer.matrices.clone()
+        away[:, 0, 2] += 100
+        return replace(views, layers=[layer, Layer(layer.images, away)]), pseudo_labels
+
+
 def test_a_region_of_which_a_layer_shows_nothing_is_background_there():
-    def losses(far):
-        model = make_model("fake", "moved", _soft_teacher(jitter=False))
-        mixing = model.methods["M0"].__class__()
-
-        def mix(views, pseudo_labels):
-            (layer,) = views.layers
-            if far:
-                away = layer.matrices.clone()
-                away[:, 0, 2] += 100  # the second weak view is beside the strong one
-                views.layers.append(type(layer)(layer.images, away))
-            return views, pseudo_labels
-
-        mixing.mix = mix
-        model.methods["M0"] = mixing
-        spy = type(model.methods["M0"])()
-        model.methods["M2"] = spy
-        return iterate(model, "fake", "moved")[0]["loss_cls_unsup"]
-
-    assert losses(True) == losses(False) > 0
+    found = []
+    for others in ([], [Beside()]):
+        model = make_model("fake", "moved", *others, _soft_teacher(jitter=False))
+        losses, step, _ = iterate(model, "fake", "moved")
+        assert len(step.unlabeled.layers) == 1 + len(others)
+        found.append(losses["loss_cls_unsup"])
+    assert found[0] == found[1] > 0
 
 
 def test_a_teacher_that_knows_only_objects_leaves_no_weight_and_no_nan():

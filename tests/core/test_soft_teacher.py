@@ -88,7 +88,7 @@ class Beside(Method):
         (layer,) = views.layers
         away = layer.matrices.clone()
         away[:, 0, 2] += 100
-        return replace(views, layers=[layer, Layer(layer.images, away)]), pseudo_labels
+        return replace(views, mixed=[layer, Layer(layer.images, away)]), pseudo_labels
 
 
 def test_a_region_of_which_a_layer_shows_nothing_is_background_there():

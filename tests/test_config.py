@@ -91,7 +91,7 @@ def test_unknown_key_is_refused_with_the_close_one(merge, text, unknown, meant):
 
 
 def test_unknown_key_without_a_close_one_points_to_the_readme(merge):
-    with pytest.raises(InputError, match="command line: unknown key QWXZ; see ssod.config"):
+    with pytest.raises(InputError, match="command line: unknown key QWXZ; see ssod.keys"):
         merge("SEED: 1", "QWXZ", "1")
 
 

@@ -51,7 +51,7 @@ def test_core_imports_torch_and_itself(module):
     assert sorted(name for name in _imports(module) if not _is_part_of(name, allowed)) == []
 
 
-BELOW_HOSTS = ["ssod.data", "ssod.evaluation", "ssod.config", "ssod.plugins"]
+BELOW_HOSTS = ["ssod.data", "ssod.evaluation", "ssod.config", "ssod.keys", "ssod.plugins"]
 
 
 @pytest.mark.parametrize("module", _parts_of(*BELOW_HOSTS))

@@ -6,8 +6,8 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 
-from ssod.config import add_ssod_config
 from ssod.hosts.detectron2.adapter import Detectron2RCNN
+from ssod.keys import add_ssod_config
 
 NUM_CLASSES = 3
 CHANNELS = (2, 1, 0)  # BGR

@@ -39,7 +39,7 @@ class Rolled(Method):
         return views, [pseudo_labels[image] for image in images]
 
 
-class OnTop(Rolled):
+class Stacked(Rolled):
     """The same in a second layer, below which the first shows the image itself, without boxes."""
 
     def mix(self, views, pseudo_labels):
@@ -76,7 +76,7 @@ def _losses(name, *methods):
     return losses
 
 
-@pytest.mark.parametrize("mixed", [Rolled, OnTop])
+@pytest.mark.parametrize("mixed", [Rolled, Stacked])
 @pytest.mark.parametrize("name", METHODS)
 def test_losses_do_not_depend_on_which_strong_view_shows_what(name, mixed):
     plain, other = _losses(name), _losses(name, mixed())

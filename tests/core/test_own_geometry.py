@@ -8,7 +8,10 @@ import torch
 from fake_detector import BOXES, LOSS_NAMES, NUM_CLASSES, FakeDetector
 from fake_training import make_batch, train, trained, training_step
 
+from ssod.core.contrastive import ClassAwareContrast
+from ssod.core.daso import DASO
 from ssod.core.filters import FixedThreshold
+from ssod.core.label_match import LabelMatch
 from ssod.core.method import Method, Step
 from ssod.core.structures import Layer, PseudoLabels, Targets, Views
 from ssod.core.teacher_student import TeacherStudent, transfer
@@ -173,3 +176,49 @@ def test_parts_of_a_batch_have_their_part_of_the_geometry():
         assert part.erased == [views.erased[row]]
     moved = views.to("cpu", torch.float64)
     assert moved.to_strong.dtype == torch.float64 and moved.erased[2].shape == (1, 4)
+
+
+METHODS = {
+    "LABEL_MATCH": lambda _: LabelMatch(),
+    "CONTRASTIVE": lambda student: ClassAwareContrast(student),
+    "DASO": lambda student: DASO(student, delay=0, pool_floor=0.0),
+}
+
+
+class AskedDetector(FakeDetector):
+    """Notes the boxes of regions that are scored."""
+
+    def score_regions(self, features, boxes, stride_shift=0):
+        self.asked = boxes
+        return super().score_regions(features, boxes, stride_shift)
+
+
+@pytest.mark.parametrize("name", ["LABEL_MATCH", "CONTRASTIVE", "DASO"])
+def test_methods_ask_the_teacher_where_boxes_are_in_the_weak_views(name):
+    """Strong views show the left upper quarter of the weak ones, enlarged."""
+    torch.manual_seed(0)
+    student = AskedDetector()
+    method = METHODS[name](student)
+    model = TeacherStudent(
+        student,
+        FixedThreshold(1.0, undecided_thresh=0.0) if method.undecided else FixedThreshold(0.0),
+        burn_in_iters=0,
+        ema_decay=0.75,
+        unsup_loss_weight=1.0,
+        methods={name: method, "LOOKER": (looker := Looker())},
+    )
+    train(training_step(model), 2)
+    batch = make_batch(2)
+    double = torch.diag(torch.tensor([2.0, 2.0, 1.0], dtype=torch.float64))
+    batch.unlabeled.to_strong = double.repeat(3, 1, 1)
+    batch.unlabeled.erased = [NOTHING] * 3
+    model(batch)
+    asked, step = model.teacher.asked, looker.step
+    assert len(asked) == 3 and sum(map(len, asked)) > 0
+    for row, boxes in enumerate(asked):
+        if name == "LABEL_MATCH":  # the student's regions, which are those of its strong view
+            known = BOXES / 2
+        else:
+            known = step.pseudo_labels[row].found
+            assert {tuple(b) for b in known.tolist()} <= {tuple(b) for b in BOXES.tolist()}
+        assert {tuple(b) for b in boxes.tolist()} <= {tuple(b) for b in known.tolist()}

@@ -266,8 +266,7 @@ class LabelMatch(Method):
             return labels.reliable
         known = rows.clamp(max=len(labels) - 1)
         regions, classes = torch.arange(len(rows), device=rows.device), labels.classes[known]
-        deltas = deltas[regions, classes.clamp(max=deltas.shape[1] - 1)]
-        refined = teacher.decode(boxes, deltas[:, None])[:, 0]
+        refined = teacher.regress(boxes, deltas, classes)
         ious = box_iou(labels.found, clip_boxes_to_image(refined, size))[known, regions]
         bounds = (len(labels), self.min_score, self.min_iou)
         return mine_reliable(probs[regions, classes], ious, rows, *bounds) & (labels.weights < 1)

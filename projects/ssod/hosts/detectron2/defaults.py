@@ -10,9 +10,9 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer
 
-from ssod.config import add_detectron2_config, add_ssod_config
 from ssod.core.distributed import get_world_size
 from ssod.errors import InputError
+from ssod.keys import add_detectron2_config, add_ssod_config
 
 LEVELS = ["p2", "p3", "p4", "p5"]
 DEFAULT_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

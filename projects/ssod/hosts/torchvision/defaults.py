@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fvcore.common.config import CfgNode
 
-from ssod.config import add_ssod_config
+from ssod.keys import add_ssod_config
 
 
 def get_config() -> CfgNode:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from fake_detector import BOXES, NUM_CLASSES, FakeDetector
-from fake_training import make_batch, make_images, train, training_step
+from fake_training import make_images, train, training_step
 from test_filters import HostReads
 
 from ssod.core.daso import DASO, OBSERVE_PERIOD, similarity_probs
@@ -116,19 +116,6 @@ def test_nothing_happens_before_the_teacher_has_started():
     after = _buffers(model.methods["DASO"])
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert model.methods["DASO"].metrics(Step(model.student, model.teacher, -1, None)) == {}
-
-
-def test_strong_views_are_seen_where_there_are_no_weak_ones():
-    batch = make_batch()
-    batch.labeled = replace(batch.labeled, weak=[])
-    model = _model()
-    model.labeled_views = "strong"
-    model.iteration = BURN_IN
-    model.start_teacher_if_due()
-    model(batch)
-    method, spy = model.methods["DASO"], model.methods["SPY"]
-    expected = sum(row for _, _, row in spy.embeddings)
-    torch.testing.assert_close(method.queue.open_sums.sum(0), expected)
 
 
 def test_a_run_resumed_within_a_window_equals_an_uninterrupted_one():

@@ -163,8 +163,8 @@ class Views(TensorFields):
     They have the same geometry, so that boxes hold for both, unless there is `to_strong`.
 
     Attributes:
-        weak: N uint8 RGB (3, h, w) tensors: resized and maybe flipped. Empty if not learned.
-        strong: the same after the photometric recipe. Likewise.
+        weak: N uint8 RGB (3, h, w) tensors: resized and maybe flipped.
+        strong: the same after the photometric recipe. Empty if not learned.
         targets: (M_i,) ground truth in pixels of the weak views, None for unlabeled images.
         image_ids: where each image came from, for messages and pictures.
         second_strong: of the weak views' pixels, drawn independently. Empty unless a method asks

@@ -154,7 +154,7 @@ class DASO(Method):
         if step.iterations % OBSERVE_PERIOD == 0:
             labeled, teacher = step.labeled, step.teacher
             assert labeled.targets is not None, "labeled images come with targets"
-            batch = teacher.preprocess(labeled.weak or labeled.strong)
+            batch = teacher.preprocess(labeled.weak)
             boxes = [target.boxes for target in labeled.targets]
             found = teacher.score_regions(teacher.features(batch), boxes).embeddings
             classes = torch.cat([target.classes for target in labeled.targets])

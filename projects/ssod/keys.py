@@ -11,8 +11,7 @@ from fvcore.common.config import CfgNode
 
 def add_ssod_config(cfg: CfgNode) -> None:
     """Add the group `SSOD` to a host's config, with every key's default."""
-    cfg.SSOD = type(cfg)()
-    ssod = cfg.SSOD
+    ssod = cfg.SSOD = type(cfg)()
     # "torchvision" (everything from PyPI, one process) or "detectron2" (many GPUs).
     ssod.HOST = "torchvision"
     # Python file with filters and methods of your own, which is run. "": none.
@@ -29,10 +28,10 @@ def add_ssod_config(cfg: CfgNode) -> None:
     ssod.UNSUP_LOSS_WEIGHT = 4.0
     # Learn box coordinates from pseudo-boxes as well. Unbiased Teacher leaves these losses out.
     ssod.UNSUP_BOX_LOSSES = False
-    # Unlabeled images without a pseudo-box, undecided ones included: all of them is "background"
-    # (Unbiased Teacher); they are "left_out"; or losses of unlabeled images are multiplied by the
-    # "share" of those with one, of each pass and process (MixPL's code is stricter: 0 if any has
-    # none).
+    # Unlabeled images in which the main branch has no box to learn or to ignore: all of them is
+    # "background" (Unbiased Teacher); they are "left_out"; or losses of unlabeled images are
+    # multiplied by the "share" of the others, of each pass and process (MixPL's code: 0 if any has
+    # no box).
     ssod.EMPTY_IMAGES = "background"
     # Views of a labeled image that are learned: "both" (Unbiased Teacher), "strong" or "weak".
     ssod.LABELED_VIEWS = "both"

@@ -189,6 +189,15 @@ CASES = {
         trains=True,
         is_local=True,
     ),
+    # Boxes are undecided, found in two layers and moved by a geometry of their own.
+    "MixPL, LabelMatch, PseCo, Soft Teacher": Case(
+        "SoftMatchWeighting",
+        (*SOFT, *FOURS, *OWN_GEOMETRY, "SSOD.EMPTY_IMAGES", "left_out"),
+        methods=("LABEL_MATCH", "MIXPL", "PSECO", "SOFT_TEACHER"),
+        losses=(*LABEL_MATCH["losses"], *MIXPL["losses"]),
+        off=(*LABEL_MATCH["off"], *MIXPL["off"], *PSECO["off"], *SOFT_TEACHER["off"][:4]),
+        is_local=True,
+    ),
     "Soft Teacher": Case(
         keys=("SSOD.FILTER.SCORE_THRESH", 0.1, "SSOD.FILTER.UNDECIDED_THRESH", 0.05),
         **SOFT_TEACHER,

@@ -23,6 +23,10 @@ DRAWS = {
     ),
     "mostly wrong": lambda rng, n: 0.05 + 0.95 * rng.beta(1, 8, n),
     "mostly right": lambda rng, n: rng.beta(6, 2, n),
+    # Some need more than 50 iterations.
+    "hardly two groups": lambda rng, n: np.concatenate(
+        [rng.beta(0.594, 2.573, n - 9 * n // 20), rng.beta(1.404, 5.136, 9 * n // 20)]
+    ).clip(0.05),
     "few values": lambda rng, n: rng.choice([0.1, 0.3, 0.35, 0.9], n),
 }
 

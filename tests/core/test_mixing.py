@@ -8,7 +8,7 @@ from fake_training import make_batch
 
 from ssod.core.distributed import seed_step, step_generator
 from ssod.core.filters import FixedThreshold
-from ssod.core.method import Step
+from ssod.core.method import Method, Step
 from ssod.core.mixing import MixPL
 from ssod.core.structures import PseudoLabels, Views
 from ssod.core.teacher_student import TeacherStudent
@@ -225,7 +225,7 @@ def test_a_bright_object_ends_up_in_its_box():
     method = MixPL(FakeDetector(), unlabeled_per_pass=4)  # the mean color is black
     labels = [_labels([list(map(float, box))]) for box in boxes]
     mixed, found = method.mix(_views(images), labels)
-    mosaic, in_mosaic = method.mosaic(_views(images), labels, False)
+    mosaic, in_mosaic, _ = method.mosaic(_views(images), labels, False)
     assert len(in_mosaic) == 4
     for image, label in [*zip(mixed.strong, found, strict=True), (mosaic, in_mosaic)]:
         inside = torch.zeros(image.shape[1:], dtype=torch.bool)
@@ -244,7 +244,7 @@ def test_draws_are_of_the_iteration_and_shift_no_others():
         seed_step(7, iteration)
         before = torch.random.get_rng_state()
         mixed, found = method.mix(_views(images), labels)
-        mosaic, moved = method.mosaic(_views(images), labels, False)
+        mosaic, moved, _ = method.mosaic(_views(images), labels, False)
         assert torch.equal(torch.random.get_rng_state(), before)
         boxes = [label.boxes for label in [*found, moved]]
         return [*mixed.strong, *(layer.matrices for layer in mixed.layers), mosaic, *boxes]
@@ -273,7 +273,7 @@ def test_the_mosaic_has_four_images_around_its_center(iteration):
     seed_step(0, iteration)
     images = _plain_images(SIZES)
     labels = _random_labels(SIZES)
-    mosaic, found = _mixpl().mosaic(_views(images), labels, False)
+    mosaic, found, _ = _mixpl().mosaic(_views(images), labels, False)
     height, width = (side // 2 for side in mosaic.shape[1:])
     expected, boxes = _mean_color_canvas(mosaic.shape[1:]), []
     # The cell that was drawn: nothing else gives these sizes to all of the images.
@@ -320,7 +320,7 @@ def test_boxes_that_become_too_small_or_are_undecided_leave_the_mosaic():
     boxes = [[0.0, 0.0, 1.0, 20.0], [0.0, 0.0, 20.0, 20.0], [5.0, 5.0, 30.0, 40.0]]
     labels = [_labels(boxes, [True, True, False])] * 4
     for drops, expected in ((False, [0, 1] * 4), (True, [1] * 4)):
-        _, found = _mixpl().mosaic(_views(images), labels, drops)
+        _, found, _ = _mixpl().mosaic(_views(images), labels, drops)
         assert len(found) == len(expected)
         assert ((found.boxes[:, 2:] - found.boxes[:, :2]) >= 1).all()
         undecided = 0 if drops else 4
@@ -375,7 +375,7 @@ def test_the_mosaic_of_unmixed_views_is_learned_with_its_weight(mixup, unsup_box
     batch = _batch()
     seed_step(0, 5)
     labels = model.pseudo_labels(batch.unlabeled.weak)
-    image, found = method.mosaic(_views(batch.unlabeled.strong), labels, False)
+    image, found, _ = method.mosaic(_views(batch.unlabeled.strong), labels, False)
     losses = model(batch)
     statistics = [b.clone() for b in model.student.norm.buffers()]
     names = {"loss_cls", "loss_rpn_cls"} if not unsup_box_losses else LOSS_NAMES
@@ -416,9 +416,9 @@ def test_undecided_boxes_that_are_background_to_the_main_branch_are_so_in_the_mo
 
     class Noting(MixPL):
         def mosaic(self, views, pseudo_labels, drops_undecided):
-            image, found = super().mosaic(views, pseudo_labels, drops_undecided)
+            image, found, is_learned = super().mosaic(views, pseudo_labels, drops_undecided)
             seen.append((drops_undecided, found))
-            return image, found
+            return image, found, is_learned
 
     found = PseudoLabels.cat(_model(None).pseudo_labels(_batch().unlabeled.weak))
     middle = float(found.scores.median())
@@ -431,9 +431,18 @@ def test_undecided_boxes_that_are_background_to_the_main_branch_are_so_in_the_mo
     assert few.reliable.all() and 0 < len(few) < len(many)
 
 
-def test_a_mosaic_without_boxes_is_zero_and_still_has_a_graph():
+class Undecided(Method):
+    """Learns no box, but keeps undecided ones from being background."""
+
+    undecided = "main"
+
+
+@pytest.mark.parametrize("undecided_thresh", [None, 0.0])
+def test_a_mosaic_without_boxes_to_learn_is_zero_and_still_has_a_graph(undecided_thresh):
     method = MixPL(FakeDetector(), unlabeled_per_pass=4, unsup_box_losses=True)
-    losses = _model(method, FixedThreshold(1.0))(_batch())
+    model = _model(method, FixedThreshold(1.0, undecided_thresh))
+    model.methods["UNDECIDED"] = Undecided()
+    losses = model(_batch())
     assert losses.keys() >= MOSAIC
     assert all(losses[name] == 0 and losses[name].requires_grad for name in MOSAIC)
 

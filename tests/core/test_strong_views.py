@@ -91,6 +91,17 @@ def test_the_three_ways(counts, kept):
     assert len(set(found)) == (1 if len(kept) == 3 else 3)
 
 
+@pytest.mark.parametrize(("drops", "empty"), [(True, 2 / 3), (False, 0.0)])
+def test_an_image_of_undecided_boxes_is_empty_if_these_are_background(drops, empty):
+    model = _model((1, 2, 1), "share")
+    model.pseudo_label_filter.drops_undecided = drops
+    losses = model(make_batch())
+    assert float(model.metrics["pseudo/empty_images"]) == pytest.approx(empty)
+    model.empty_images = "background"
+    plain = model(make_batch())["loss_rpn_cls_unsup"]
+    torch.testing.assert_close(losses["loss_rpn_cls_unsup"], (1 - empty) * plain)
+
+
 @pytest.mark.parametrize("empty_images", ["left_out", "share"])
 def test_without_a_single_box_all_losses_are_zeros_with_a_graph(empty_images):
     model = _model((0, 0, 0), empty_images, SEEING=Seeing())

@@ -291,7 +291,8 @@ def test_metrics_leave_undecided_boxes_out():
     reliable = torch.tensor([True, True, False])
     labels = PseudoLabels(*rest, scores, weights, weights, torch.zeros(3, 4), reliable)
     views = make_batch().unlabeled[:2]
-    step = Step(None, None, 0, None, unlabeled=views, pseudo_labels=[labels, labels[:0]])
+    both = [labels, labels[:0]]
+    step = Step(None, None, 0, None, unlabeled=views, pseudo_labels=both, learned=both)
     assert leave_out_empty(step, "background") == 1
     assert {name: float(value) for name, value in describe(step).items()} == {
         "pseudo/num_per_image": 1,
@@ -323,7 +324,7 @@ def test_without_pseudo_labels_losses_and_metrics_are_finite():
         ("ema_gamma", float("nan"), "SSOD.EMA_GAMMA must be finite and at least 0, got nan"),
         ("ema_gamma", float("inf"), "SSOD.EMA_GAMMA must be finite and at least 0, got inf"),
         ("unsup_loss_weight", -1.0, "SSOD.UNSUP_LOSS_WEIGHT must be at least 0, got -1.0"),
-        ("labeled_views", "all", 'SSOD.LABELED_VIEWS must be "both".*got "all"'),
+        ("labeled_views", "all", "SSOD.LABELED_VIEWS must be one of .*'both'.*got 'all'"),
     ],
 )
 def test_argument_out_of_range_is_refused(argument, value, message):

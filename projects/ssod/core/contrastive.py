@@ -166,9 +166,10 @@ class ClassAwareContrast(Method):
                 view_b = self._project(others)
             targets = contrastive_targets(pseudo.classes, pseudo.scores.float(), self.push_thresh)
             loss = class_aware_contrastive_loss(view_a, view_b, targets)
-            step.shared["ClassAwareContrast"] = _describe(
-                view_a.detach(), view_b.detach(), pseudo.classes, targets, len(labels)
-            )
+            step.shared["ClassAwareContrast"] = {
+                "pseudo/contrast_boxes_per_image": step.per_image(torch.ones_like(pseudo.scores)),
+                **_describe(view_a.detach(), view_b.detach(), pseudo.classes, targets),
+            }
         ramp = min((step.iterations + 1) / max(self.ramp_iters, 1), 1.0)
         return {"loss_contrast": self.weight * ramp * loss}
 
@@ -208,7 +209,7 @@ def _best_boxes(labels: list[PseudoLabels]) -> list[Tensor]:
 
 
 def _describe(
-    view_a: Tensor, view_b: Tensor, classes: Tensor, targets: Tensor, num_images: int
+    view_a: Tensor, view_b: Tensor, classes: Tensor, targets: Tensor
 ) -> dict[str, Tensor]:
     """Return metrics of (N, D) views of N boxes; what there are no pairs for is nan."""
     other = ~torch.eye(len(classes), dtype=torch.bool, device=classes.device)
@@ -217,7 +218,6 @@ def _describe(
     cosines = view_a @ view_b.T
     pulled, pushed = ((cosines * pairs).sum() / pairs.sum() for pairs in (same, different))
     return {
-        "pseudo/contrast_boxes_per_image": cosines.new_full((), len(classes) / num_images),
         "pseudo/contrast_gap": pulled - pushed,
         "pseudo/contrast_other_class_cosine": pushed,
         "pseudo/contrast_share_with_pairs": ((targets > 0) & other).any(1).sum()

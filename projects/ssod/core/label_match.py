@@ -11,7 +11,6 @@ Shape shorthand: R regions of all images, B pseudo-boxes of all images, K foregr
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from itertools import accumulate
 from typing import Literal, get_args
 
@@ -220,7 +219,7 @@ class LabelMatch(Method):
         counted = {"pseudo/self_assigned_per_image": step.shared["LabelMatch"][2] > 0}
         if self.mining != "none":
             counted["pseudo/mined_per_image"] = step.shared["LabelMatch.mined"]
-        return {name: mask.sum() / len(step.pseudo_labels) for name, mask in counted.items()}
+        return {name: step.per_image(mask) for name, mask in counted.items()}
 
     def _mine(
         self, step: Step, found: list[Candidates], matched: list[Tensor] | None
@@ -237,18 +236,15 @@ class LabelMatch(Method):
         mined = [torch.zeros_like(labels.reliable) for labels in step.pseudo_labels]
         for number, (layer, regions) in enumerate(zip(step.unlabeled.layers, found, strict=True)):
             counts = [len(boxes) for boxes in regions.boxes]
-            sizes = [step.unlabeled.weak[image].shape[1:] for image in layer.images]
-            own = [labels.layer == number for labels in step.pseudo_labels]
-            sure = map(
-                partial(self._are_sure, step.teacher),
-                step.pseudo_labels,
-                matched or map(_match, regions.boxes, step.pseudo_labels, own),
-                regions.boxes,
-                regions.class_probs.split(counts),
-                regions.output.deltas.split(counts),
-                sizes,
-            )
-            mined = [m | (s & o) for m, s, o in zip(mined, sure, own, strict=True)]
+            columns = regions.class_probs.split(counts), regions.output.deltas.split(counts)
+            for i, labels in enumerate(step.pseudo_labels):
+                boxes, probs, deltas = regions.boxes[i], columns[0][i], columns[1][i]
+                own = labels.layer == number
+                rows = _match(boxes, labels, own) if matched is None else matched[i]
+                weak = step.unlabeled.weak[layer.images[i]]
+                size = (weak.shape[1], weak.shape[2])
+                sure = self._are_sure(step.teacher, labels, rows, boxes, probs, deltas, size)
+                mined[i] = mined[i] | (sure & own)
         return mined
 
     def _are_sure(

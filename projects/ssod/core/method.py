@@ -28,6 +28,8 @@ from ssod.core.structures import (
     Views,
 )
 
+Undecided = Literal["", "branch", "main"]
+
 METHOD_REGISTRY = Registry("METHOD")
 METHOD_REGISTRY.__doc__ = """
 Registry of `Method` classes, in the order in which their hooks are called.
@@ -60,7 +62,7 @@ class Step:
             about boxes in this iteration changes them here, for the methods after it as well.
         unmixed: the unlabeled images before `mix`.
         unmixed_labels: their pseudo-labels, as they were then.
-        empty_images: share of the strong views that had no pseudo-box, undecided ones included.
+        empty_images: share of the strong views in which the main branch had no target.
         learned: those of `pseudo_labels` that are the main branch's targets, as they were then.
         batch: the S strong views.
         features: the student's, of `batch`.
@@ -92,6 +94,11 @@ class Step:
     shared: dict[str, Any] = field(default_factory=dict)
     rescore: Rescore = lambda class_probs, embeddings: class_probs
     drops_undecided: bool = False
+
+    def per_image(self, values: Tensor) -> Tensor:
+        """Return the sum of values of boxes or regions, an unlabeled image that a view shows."""
+        assert self.unlabeled is not None, "there are unlabeled images"
+        return values.sum() / (len(self.unlabeled) * len(self.unlabeled.layers))
 
     def weak_boxes(self, layer: Layer, boxes: list[Tensor]) -> list[Tensor]:
         """Return where a layer of the strong views has their boxes, (R_i, 4), in the weak view."""
@@ -169,7 +176,8 @@ def score_shown(
     ]
     ends = dict(zip(order, accumulate(len(boxes[row]) for row in order), strict=True))
     back = [torch.arange(ends[row] - len(b), ends[row]) for row, b in enumerate(boxes)]
-    return detector.score_regions(features, per_image)[torch.cat(back).to(none.device)]
+    rows = torch.cat(back).to(none.device, non_blocking=True)
+    return detector.score_regions(features, per_image)[rows]
 
 
 def choose_layer(values: list[Tensor], layers: Tensor) -> Tensor:
@@ -190,12 +198,12 @@ class Method(nn.Module):
     Attributes:
         group: of its keys, below `SSOD`.
         undecided: where it learns boxes that a filter is undecided about, which `FixedThreshold`
-            keeps for such a method alone: in a "branch" of its own, while they are background to
+            keeps for such a class alone: in a "branch" of its own, while they are background to
             the main one, or in the "main" one.
     """
 
     group: ClassVar[str]
-    undecided: ClassVar[Literal["", "branch", "main"]] = ""
+    undecided: Undecided = ""
 
     def start(self, student: RegionDetector, teacher: RegionDetector) -> None:
         """Begin: the teacher has just become a copy of the student; nothing is learned yet."""

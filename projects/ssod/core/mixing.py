@@ -134,8 +134,10 @@ class MixPL(Method):
         if not self.mosaic_weight:
             return {}
         assert step.unmixed is not None and step.main is not None, "after the main branch"
-        image, labels = self.mosaic(step.unmixed, step.unmixed_labels, step.drops_undecided)
-        if len(labels):
+        image, labels, is_learned = self.mosaic(
+            step.unmixed, step.unmixed_labels, step.drops_undecided
+        )
+        if is_learned:
             with step.student.fixed_norm_statistics():
                 batch = step.student.preprocess([image])
                 targets = [labels.to_targets()]
@@ -147,7 +149,7 @@ class MixPL(Method):
     @torch.no_grad()
     def mosaic(
         self, views: Views, pseudo_labels: list[PseudoLabels], drops_undecided: bool
-    ) -> tuple[Tensor, PseudoLabels]:
+    ) -> tuple[Tensor, PseudoLabels, bool]:
         """
         Put the first four strong views around a common corner, each flipped and made smaller.
 
@@ -157,7 +159,8 @@ class MixPL(Method):
             drops_undecided: whether boxes that are not `reliable` go.
 
         Returns:
-            uint8 (3, h, w), and its pseudo-labels, of which those smaller than a pixel went.
+            uint8 (3, h, w), its pseudo-labels, of which those smaller than a pixel went, and
+            whether any of them has a weight.
         """
         images, labels = views.strong[:MOSAIC_IMAGES], pseudo_labels[:MOSAIC_IMAGES]
         generator = step_generator(MOSAIC_SALT)
@@ -177,8 +180,9 @@ class MixPL(Method):
             boxes, is_visible = transfer_boxes(label.boxes, matrix, _size(image), none)
             moved.append(replace(label, boxes=boxes))
             masks.append(is_visible & (label.reliable | (not drops_undecided)))
-        (rows,) = kept_rows([torch.cat(masks)])
-        return image, PseudoLabels.cat(moved)[rows]
+        all_labels, kept = PseudoLabels.cat(moved), torch.cat(masks)
+        rows, learned = kept_rows([kept, kept & (all_labels.weights > 0)])
+        return image, all_labels[rows], len(learned) > 0
 
     def paint(self, size: Size, parts: Iterable[Part], share: float) -> Tensor:
         """

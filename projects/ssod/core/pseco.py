@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.ops import box_area, box_iou
 
 from ssod.core.method import METHOD_REGISTRY, Method, Step
-from ssod.core.structures import Layer, PseudoLabels, RegionOutput, RegionSamples
+from ssod.core.structures import Layer, RegionOutput, RegionSamples
 
 EPS = 1e-6  # a sum of IoUs that is a whole number is not below it for its rounding
 
@@ -127,7 +127,7 @@ class PseCo(Method):
         if self.assignment:
             samples = self._assign(step, samples)
             objects = samples.weights * (samples.classes < samples.probs.shape[1] - 1)
-            step.shared["PseCo.objects"] = (objects > 0).sum() / len(samples.boxes)
+            step.shared["PseCo.objects"] = step.per_image(objects > 0)
         if self.voting:
             samples = _vote(step, samples, regions)
         return samples
@@ -147,7 +147,8 @@ class PseCo(Method):
         ignored = (samples.classes < num_classes) & (samples.weights == 0)
         counts = [len(boxes) for boxes in samples.boxes]
         asked = [_ask(step, layer, samples.boxes) for layer in step.unlabeled.layers]
-        labels = _current(step)
+        # With what methods have decided of the main branch's targets since.
+        labels = step.learned if step.drops_undecided else step.pseudo_labels
         rows, classes = [], []
         for i, (own, boxes, ignore) in enumerate(
             zip(labels, samples.boxes, ignored.split(counts), strict=True)
@@ -182,13 +183,6 @@ def _ask(
     probs = step.rescore(output.logits.softmax(1), output.embeddings)
     refined = step.regress(layer, weak, output.deltas, probs[:, :-1].argmax(1))
     return refined, probs.split([len(boxes) for boxes in regions])
-
-
-def _current(step: Step) -> list[PseudoLabels]:
-    """Return the main branch's targets with what methods have decided of them since."""
-    # Where undecided boxes are targets, the rows are the same; elsewhere nobody decides about them.
-    pairs = zip(step.pseudo_labels, step.learned, strict=True)
-    return [now if len(now) == len(then) else then for now, then in pairs]
 
 
 def _keep(old: RegionSamples, kept: Tensor, new: RegionSamples) -> RegionSamples:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.ops import box_area
 
 from ssod.core.distributed import step_generator
-from ssod.core.method import METHOD_REGISTRY, Method, Step
+from ssod.core.method import METHOD_REGISTRY, Method, Step, Undecided
 from ssod.core.structures import Layer, PseudoLabels, RegionOutput, RegionSamples
 
 SALT = 0x5DEECE66D  # of the jitter's draws
@@ -69,7 +69,7 @@ class SoftTeacher(Method):
     """
 
     group = "SOFT_TEACHER"
-    undecided = "main"
+    undecided: Undecided = "main"
 
     def __init__(
         self,
@@ -84,6 +84,8 @@ class SoftTeacher(Method):
         super().__init__()
         self.background = background
         self.jitter = jitter and unsup_box_losses
+        if not self.jitter:
+            self.undecided = ""  # nothing is learned of such boxes
         self.max_spread = max_spread
         self.copies = copies
         self.offset = offset
@@ -109,8 +111,7 @@ class SoftTeacher(Method):
         if "SoftTeacher.background" in step.shared:
             found["pseudo/background_weight"] = step.shared["SoftTeacher.background"]
         if "SoftTeacher.stable" in step.shared:
-            stable = step.shared["SoftTeacher.stable"].sum() / len(step.learned)
-            found["pseudo/stable_per_image"] = stable
+            found["pseudo/stable_per_image"] = step.per_image(step.shared["SoftTeacher.stable"])
         return found
 
     def _stable(self, step: Step) -> list[Tensor]:
@@ -118,10 +119,11 @@ class SoftTeacher(Method):
         assert step.unlabeled is not None, "there are unlabeled images"
         counts = [len(labels) for labels in step.learned]
         all_labels = PseudoLabels.cat(step.learned)
-        noise = torch.randn(len(all_labels), self.copies, 4, generator=step_generator(SALT))
         boxes = all_labels.found
+        noise = torch.randn(len(boxes), self.copies, 4, generator=step_generator(SALT))
+        noise = noise.to(boxes, non_blocking=True)
         sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-        copies = boxes[:, None] + self.offset * sides[:, None] * noise.to(boxes)
+        copies = boxes[:, None] + self.offset * sides[:, None] * noise
         # All boxes in each layer, and then each in its own: the host need not know which are where.
         spread = torch.stack(
             [

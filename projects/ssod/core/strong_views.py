@@ -48,7 +48,7 @@ def transfer(step: Step) -> None:
 
 def leave_out_empty(step: Step, empty_images: EmptyImages) -> float:
     """
-    Decide about strong views without a pseudo-box, undecided ones included; changes the record.
+    Decide about strong views in which the main branch has no target; changes the record.
 
     Of what is "left_out" one view stays if there is no other, so that losses have a graph. The
     numbers of boxes are known on the host, so nothing waits. They are those of a pass of a process.
@@ -56,16 +56,17 @@ def leave_out_empty(step: Step, empty_images: EmptyImages) -> float:
     Returns:
         The factor on the losses of unlabeled images, in [0, 1].
     """
-    views, labels = step.unlabeled, step.pseudo_labels
+    views, count = step.unlabeled, len(step.learned)
     assert views is not None, "there are unlabeled images"
-    kept = [row for row, label in enumerate(labels) if len(label)]
-    step.empty_images = 1 - len(kept) / len(labels)
-    if empty_images == "background" or len(kept) == len(labels):
+    kept = [row for row, labels in enumerate(step.learned) if len(labels)]
+    step.empty_images = 1 - len(kept) / count
+    if empty_images == "background" or len(kept) == count:
         return 1.0
     if empty_images == "share":
-        return len(kept) / len(labels)
+        return len(kept) / count
     rows = kept or [0]
-    step.pseudo_labels = [labels[row] for row in rows]
+    step.pseudo_labels = [step.pseudo_labels[row] for row in rows]
+    step.learned = [step.learned[row] for row in rows]
     step.unlabeled = replace(
         views,
         strong=[views.strong[row] for row in rows],
@@ -85,15 +86,12 @@ def _select(layer: Layer, rows: list[int]) -> Layer:
 
 def describe(step: Step) -> dict[str, Tensor]:
     """Sums an image, which may be averaged over iterations and ranks, whatever their boxes."""
-    assert step.unlabeled is not None, "there are unlabeled images"
-    kept, count = PseudoLabels.cat(step.pseudo_labels), len(step.unlabeled)
-    # A view's own boxes, those of its first layer: others are of another view too.
-    own = kept.reliable & (kept.layer == 0)
+    kept = PseudoLabels.cat(step.pseudo_labels)
     sums = {
-        "num": own,
-        "undecided": ~kept.reliable & (kept.layer == 0),
-        "score": kept.scores * own,
-        "weight": kept.weights * own,
+        "num": kept.reliable,
+        "undecided": ~kept.reliable,
+        "score": kept.scores * kept.reliable,
+        "weight": kept.weights * kept.reliable,
     }
-    found = {f"pseudo/{name}_per_image": value.sum() / count for name, value in sums.items()}
+    found = {f"pseudo/{name}_per_image": step.per_image(value) for name, value in sums.items()}
     return found | {"pseudo/empty_images": kept.scores.new_full((), step.empty_images)}

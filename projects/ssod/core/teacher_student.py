@@ -51,8 +51,7 @@ class TeacherStudent(nn.Module):
         unsup_loss_weight: factor on every `*_unsup` loss. With 0 unlabeled images are not used,
             while the teacher averages as usual: the control of a comparison.
         unsup_box_losses: whether box losses are computed against pseudo-boxes.
-        empty_images: what is learned of strong views without a pseudo-box, undecided ones
-            included; `EmptyImages` says.
+        empty_images: what is learned of strong views without a target, as `EmptyImages` says.
         labeled_views: views of labeled images the student learns from.
         methods: what to add, by name; hooks are called in this order.
 
@@ -75,8 +74,6 @@ class TeacherStudent(nn.Module):
         methods: Mapping[str, Method] | None = None,
     ):
         super().__init__()
-        if burn_in_iters < 0:
-            raise InputError(f"SSOD.BURN_IN_ITERS must be at least 0, got {burn_in_iters}")
         if not 0 <= ema_decay < 1:
             raise InputError(
                 f"SSOD.EMA_DECAY must be in [0, 1), got {ema_decay}. "
@@ -84,16 +81,16 @@ class TeacherStudent(nn.Module):
             )
         if not 0 <= ema_gamma < math.inf:
             raise InputError(f"SSOD.EMA_GAMMA must be finite and at least 0, got {ema_gamma}")
-        if not unsup_loss_weight >= 0:
-            raise InputError(f"SSOD.UNSUP_LOSS_WEIGHT must be at least 0, got {unsup_loss_weight}")
-        if labeled_views not in ("both", "strong", "weak"):
-            raise InputError(
-                f'SSOD.LABELED_VIEWS must be "both", "strong" or "weak", got "{labeled_views}"'
-            )
-        if empty_images not in get_args(EmptyImages):
-            raise InputError(
-                f"SSOD.EMPTY_IMAGES must be one of {get_args(EmptyImages)}, got {empty_images!r}"
-            )
+        least_0 = {"BURN_IN_ITERS": burn_in_iters, "UNSUP_LOSS_WEIGHT": unsup_loss_weight}
+        for key, number in least_0.items():
+            if not number >= 0:
+                raise InputError(f"SSOD.{key} must be at least 0, got {number}")
+        for key, value, choices in (
+            ("LABELED_VIEWS", labeled_views, get_args(LabeledViews)),
+            ("EMPTY_IMAGES", empty_images, get_args(EmptyImages)),
+        ):
+            if value not in choices:
+                raise InputError(f"SSOD.{key} must be one of {choices}, got {value!r}")
         own = {id(parameter) for parameter in student.parameters()}
         for name, method in (methods or {}).items():
             if any(id(parameter) in own for parameter in method.parameters()):
@@ -193,8 +190,8 @@ class TeacherStudent(nn.Module):
         ema_gamma above 0 the first update, t = 0, copies the student; then the student of iteration
         t counts about as t ** (ema_gamma - 1), until `ema_decay` is the smaller.
         """
-        # Not since the teacher's start, which is later if a run is resumed with a burn-in that was
-        # shortened. With one that was lengthened the teacher remains a copy until its end.
+        # The teacher has started later if a run is resumed with a burn-in that was shortened; with
+        # one that was lengthened it remains a copy until its end.
         t = max(self.iteration - self.burn_in_iters, 0)
         if self.ema_gamma == 0:
             return self.ema_decay
@@ -271,18 +268,17 @@ class TeacherStudent(nn.Module):
         step.unmixed, step.unmixed_labels = step.unlabeled, step.pseudo_labels
         for method in self.methods.values():
             step.unlabeled, step.pseudo_labels = method.mix(step.unlabeled, step.pseudo_labels)
-        weight = self.unsup_loss_weight * leave_out_empty(step, self.empty_images)
-        learned = step.pseudo_labels
+        step.learned = step.pseudo_labels
         if step.drops_undecided:
-            rows = kept_rows([p.reliable for p in learned])
-            learned = [p[row] for p, row in zip(learned, rows, strict=True)]
-        step.learned = learned
+            rows = kept_rows([p.reliable for p in step.learned])
+            step.learned = [p[row] for p, row in zip(step.learned, rows, strict=True)]
+        weight = self.unsup_loss_weight * leave_out_empty(step, self.empty_images)
         step.batch = self.student.preprocess(step.unlabeled.strong)
         step.features = self.student.features(step.batch)
         step.main = self.student.losses(
             step.features,
             step.batch,
-            [p.to_targets() for p in learned],
+            [p.to_targets() for p in step.learned],
             partial(self._reweight, step) if self.methods else None,
         )
         losses = {

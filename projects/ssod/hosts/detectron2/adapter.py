@@ -131,8 +131,7 @@ class Detectron2RCNN(RegionDetector, GeneralizedRCNN):
     @property
     def mean_color(self) -> Tensor:
         """`MODEL.PIXEL_MEAN` in the order RGB."""
-        mean = self.pixel_mean.flatten()
-        return mean.flip(0) if self.input_format == "BGR" else mean
+        return self.pixel_mean.flatten().flip(0 if self.input_format == "BGR" else ())
 
     def preprocess(self, images: list[Tensor]) -> ImageBatch:
         """Order channels of N uint8 (3, h, w) images as `INPUT.FORMAT` says, normalise and pad."""

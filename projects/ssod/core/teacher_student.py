@@ -149,14 +149,8 @@ class TeacherStudent(nn.Module):
                 that has not started.
         """
         since_burn_in = self.iteration - self.burn_in_iters
-        step = Step(
-            self.student,
-            self.teacher,
-            since_burn_in,
-            batch.labeled,
-            rescore=self.rescore,
-            drops_undecided=self.drops_undecided,
-        )
+        step = Step(self.student, self.teacher, since_burn_in, batch.labeled)
+        step.rescore, step.drops_undecided = self.rescore, self.drops_undecided
         losses = self.supervised_losses(step)
         self.metrics = {}
         if self.uses_unlabeled:

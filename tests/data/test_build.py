@@ -225,7 +225,11 @@ def test_image_that_is_labeled_and_unlabeled_is_refused(load, shapes, change):
         (("INPUT.MIN_SIZE_TRAIN", "[48]"), r"smallest and the largest size .*range, got \(48,\)"),
         (("INPUT.MIN_SIZE_TRAIN", "[48, 56, 64]"), r"got \(48, 56, 64\)"),
         (("INPUT.MIN_SIZE_TRAIN", "[64, 48]"), r"got \(64, 48\)"),
-        (("INPUT.MIN_SIZE_TRAIN", "[0, 48]"), r"got \(0, 48\)"),
+        (("INPUT.MIN_SIZE_TRAIN", "[0, 48]"), r"at least 1 pixel, got \(0, 48\)"),
+        (
+            ("INPUT.MIN_SIZE_TRAIN", "[0]", "INPUT.MIN_SIZE_TRAIN_SAMPLING", "choice"),
+            r"at least 1 pixel, got \(0,\)",
+        ),
     ],
 )
 def test_sizes_that_are_no_range_are_refused(tmp_path, shapes, overrides, message):

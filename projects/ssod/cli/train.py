@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from ssod.cli.common import add_config_arguments, import_host, read_config, run_command
 from ssod.config import read_host
 from ssod.errors import InputError
+from ssod.evaluation.coco_metrics import LOW_FLOOR_AP
 from ssod.evaluation.report import format_table
 
-COLUMNS = ("AP", "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR100")
+COLUMNS = ("AP", LOW_FLOOR_AP, "AP50", "AP75", "AP_S", "AP_M", "AP_L", "AR100")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -55,7 +55,7 @@ class MixPL(Method):
         mixup: whether strong views are mixed.
         mosaic_weight: factor on the losses of the mosaic; 0 for none.
         unsup_box_losses: whether coordinates are learned from pseudo-boxes.
-        unlabeled_per_pass: N, of one process.
+        unlabeled_per_pass: N, of one process; None if unlabeled images are not used.
 
     Raises:
         InputError: if an argument is out of range, or N is too small.
@@ -71,13 +71,13 @@ class MixPL(Method):
         mixup: bool = True,
         mosaic_weight: float = 0.5,
         unsup_box_losses: bool = False,
-        unlabeled_per_pass: int,
+        unlabeled_per_pass: int | None,
     ):
         super().__init__()
         if not mosaic_weight >= 0:
             raise InputError(f"SSOD.MIXPL.MOSAIC_WEIGHT must be at least 0, got {mosaic_weight}")
         needed = MOSAIC_IMAGES if mosaic_weight else 2 if mixup else 0
-        if unlabeled_per_pass < needed:
+        if unlabeled_per_pass is not None and unlabeled_per_pass < needed:
             raise InputError(
                 f"SSOD.MIXPL mixes images of one pass of one process and needs {needed} unlabeled "
                 f"ones there, got {unlabeled_per_pass}; raise SSOD.DATA.UNLABELED_PER_BATCH, lower "

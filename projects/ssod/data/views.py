@@ -44,8 +44,8 @@ def check_view_keys(keys: CfgNode) -> None:
 
     Raises:
         InputError: for a value of `RANDOM_FLIP` other than "horizontal" and "none", of
-            `MIN_SIZE_TRAIN_SAMPLING` other than "choice" and "range", and for sizes that are no
-            range.
+            `MIN_SIZE_TRAIN_SAMPLING` other than "choice" and "range", and for sizes below 1 or that
+            are no range.
     """
     if keys.RANDOM_FLIP not in ("horizontal", "none"):
         raise InputError(
@@ -56,7 +56,9 @@ def check_view_keys(keys: CfgNode) -> None:
         raise InputError(
             f'INPUT.MIN_SIZE_TRAIN_SAMPLING must be "choice" or "range", got {sampling!r}'
         )
-    if sampling == "range" and not (len(sizes) == 2 and 1 <= sizes[0] <= sizes[1]):
+    if any(size < 1 for size in sizes):
+        raise InputError(f"INPUT.MIN_SIZE_TRAIN needs sizes of at least 1 pixel, got {sizes}")
+    if sampling == "range" and not (len(sizes) == 2 and sizes[0] <= sizes[1]):
         raise InputError(
             "INPUT.MIN_SIZE_TRAIN must be the smallest and the largest size for "
             f"INPUT.MIN_SIZE_TRAIN_SAMPLING range, got {sizes}"

@@ -70,7 +70,10 @@ def build_methods(cfg: CfgNode, student: RegionDetector) -> dict[str, Method]:
     given = {
         "student": student,
         "unsup_box_losses": cfg.SSOD.UNSUP_BOX_LOSSES,
-        "unlabeled_per_pass": cfg.SSOD.DATA.UNLABELED_PER_BATCH // passes,
+        # A control uses none.
+        "unlabeled_per_pass": (
+            cfg.SSOD.DATA.UNLABELED_PER_BATCH // passes if cfg.SSOD.UNSUP_LOSS_WEIGHT else None
+        ),
     }
     return {cls.group: _make(cls, cfg.SSOD[cls.group], given) for cls in _enabled(cfg)}
 

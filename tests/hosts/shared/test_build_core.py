@@ -286,6 +286,7 @@ def test_methods_that_compare_classes_refuse_one_class(group):
         (8, 2, (), None),
         (8, 4, ("SSOD.MIXPL.MOSAIC_WEIGHT", 0), None),
         (1, 1, ("SSOD.MIXPL.MOSAIC_WEIGHT", 0, "SSOD.MIXPL.MIXUP", False), None),
+        (1, 1, ("SSOD.UNSUP_LOSS_WEIGHT", 0), None),  # a control uses none of them
     ],
 )
 def test_too_few_images_to_mix_are_one_line(images, passes, keys, needed):

@@ -26,6 +26,7 @@ from torch.multiprocessing import ProcessExitedException
 from ssod.config import merge_config
 from ssod.core.distributed import get_rank, get_world_size
 from ssod.errors import InputError
+from ssod.evaluation.coco_metrics import LOW_FLOOR_AP
 from ssod.evaluation.report import format_table
 from ssod.hosts.detectron2.defaults import get_config, scale_to_world_size
 from ssod.hosts.detectron2.run import Run, find_checkpoint
@@ -33,7 +34,7 @@ from ssod.hosts.detectron2.weights import local_path
 from ssod.hosts.run import choose_checkpoint
 
 INPUT_ERROR = 2  # exit status of a process that has told what is wrong with its input
-COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+COLUMNS = ("AP", LOW_FLOOR_AP, "AP50", "AP75", "APs", "APm", "APl")
 
 
 def run(args: argparse.Namespace) -> None:

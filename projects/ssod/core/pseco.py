@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_area, box_iou
 
-from ssod.core.method import METHOD_REGISTRY, Method, Step
+from ssod.core.method import METHOD_REGISTRY, Method, Step, choose_layer
 from ssod.core.structures import Layer, RegionOutput, RegionSamples
 
 EPS = 1e-6  # a sum of IoUs that is a whole number is not below it for its rounding
@@ -153,13 +153,12 @@ class PseCo(Method):
         for i, (own, boxes, ignore) in enumerate(
             zip(labels, samples.boxes, ignored.split(counts), strict=True)
         ):
-            overlaps = torch.stack([box_iou(own.found, moved[i]) for moved, _ in asked])
-            scores = torch.stack([probs[i][:, own.classes].T for _, probs in asked])
-            places = own.layer, torch.arange(len(own), device=own.layer.device)
+            overlaps = choose_layer([box_iou(own.found, m[i]) for m, _ in asked], own.layer)
+            scores = choose_layer([p[i][:, own.classes].T for _, p in asked], own.layer)
             has_area = (boxes[:, 2:] > boxes[:, :2]).all(1)
             takes_part = (has_area & ~ignore) & (own.weights > 0)[:, None]
             row = prediction_guided_assignment(
-                overlaps[places] * takes_part, scores[places], self.min_iou, self.num_ious
+                overlaps * takes_part, scores, self.min_iou, self.num_ious
             )
             classes.append(F.pad(own.classes, (0, 1), value=num_classes)[row])
             rows.append(row.clamp(max=max(len(own) - 1, 0)))

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.ops import box_area
 
 from ssod.core.distributed import step_generator
-from ssod.core.method import METHOD_REGISTRY, Method, Step, Undecided
+from ssod.core.method import METHOD_REGISTRY, Method, Step, Undecided, choose_layer
 from ssod.core.structures import Layer, PseudoLabels, RegionOutput, RegionSamples
 
 SALT = 0x5DEECE66D  # of the jitter's draws
@@ -125,13 +125,11 @@ class SoftTeacher(Method):
         sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
         copies = boxes[:, None] + self.offset * sides[:, None] * noise
         # All boxes in each layer, and then each in its own: the host need not know which are where.
-        spread = torch.stack(
-            [
-                relative_spread(_refine(step, layer, all_labels.classes, copies, counts))
-                for layer in step.unlabeled.layers
-            ]
-        )
-        own = spread[all_labels.layer, torch.arange(len(boxes), device=boxes.device)]
+        spread = [
+            relative_spread(_refine(step, layer, all_labels.classes, copies, counts))
+            for layer in step.unlabeled.layers
+        ]
+        own = choose_layer(spread, all_labels.layer)
         return list((own < self.max_spread).split(counts))
 
 
